@@ -1,0 +1,80 @@
+"""The command line: ``python -m api serve | models``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from api import __version__, logs
+from api.errors import ApiError
+from api.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from sanic import Sanic
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m api", description="One container that serves every diffusers model."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve_parser = commands.add_parser("serve", help="start the server", description="Start the server.")
+    serve_parser.add_argument("--host", help="address to listen on (HOST)")
+    serve_parser.add_argument("--port", type=int, help="port to listen on (PORT)")
+    serve_parser.add_argument("--model-id", help="the default model (MODEL_ID)")
+    serve_parser.set_defaults(run=serve)
+    models_parser = commands.add_parser("models", help="list the installed models")
+    models_parser.set_defaults(run=models)
+    args = parser.parse_args(arguments)
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in ("command", "run")}
+    try:
+        settings = Settings.from_env(**given)
+        return int(args.run(settings))
+    except SettingsError as fault:
+        print(f"The environment has values that cannot be used: {fault}", file=sys.stderr)
+    except ApiError as error:
+        more = f" There are: {', '.join(error.available)}." if error.available else ""
+        print(f"{error.message}{more}", file=sys.stderr)
+    return 2
+
+
+def serve(settings: Settings) -> int:
+    """Start the server and run until it is told to stop."""
+    from api.http.app import build_app
+    from api.service.service import Service
+
+    began = time.perf_counter()
+    logs.configure(settings.log_format, settings.log_level)
+    app = build_app(Service(settings))
+
+    @app.after_server_start
+    async def announce(app: Sanic) -> None:
+        app.add_task(_say_when_ready(app, settings, began))
+
+    app.run(host=settings.host, port=settings.port, single_process=True, motd=False, access_log=False)
+    return 0
+
+
+async def _say_when_ready(app: Any, settings: Settings, began: float) -> None:
+    dispatcher = app.ctx.service.dispatcher
+    host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
+    url = f"http://{host}:{settings.port}/"
+    print(f"Starting on {url} with {settings.model_id or 'no default model'} …", flush=True)
+    while dispatcher.state == "STARTING":
+        await asyncio.sleep(0.05)
+    if dispatcher.state in ("READY", "BUSY"):
+        print(f"Ready after {time.perf_counter() - began:.1f} s: {url}", flush=True)
+
+
+def models(settings: Settings) -> int:
+    """List the installed models."""
+    from api.models.library import Library
+
+    for model in Library(settings).all():
+        print(f"{model.model_id}  {model.revision}  {model.bytes / 1e6:.1f} MB  {model.class_name}  {model.folder}")
+    return 0

@@ -1,0 +1,83 @@
+"""One device: what it computes in, how much memory it has, how much is used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("api.engine")
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_GPU_SHARE = 0.75
+_RAM_SHARE = 0.5
+"""Share of the memory that resident models may take; the rest is for activations and everyone else."""
+
+
+class Device:
+    """The device that an engine owns.
+
+    Args:
+        name: ``cpu``, ``cuda`` or ``cuda:N``.
+        required: raise when a GPU is named that torch cannot use; otherwise fall back to the CPU.
+
+    Raises:
+        RuntimeError: torch cannot use the device.
+    """
+
+    def __init__(self, name: str, required: bool = True) -> None:
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            if required:
+                raise RuntimeError(f"DEVICES names {name}, but this torch ({torch.__version__}) finds no GPU")
+            log.warning("there is a GPU, but this torch (%s) cannot use it: computing on the CPU", torch.__version__)
+            name = "cpu"
+        self.torch = torch.device(name)
+        self.is_cuda = self.torch.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        """What people call the device."""
+        if self.is_cuda:
+            return torch.cuda.get_device_name(self.torch)
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+    def dtype(self, precision: str) -> torch.dtype:
+        """What a precision is computed in here. A CPU computes in fp32 always: fp16 is 20 times slower there."""
+        return _DTYPES[precision] if self.is_cuda else torch.float32
+
+    def model_budget(self) -> int:
+        """Bytes that resident models may take together."""
+        if self.is_cuda:
+            return int(torch.cuda.mem_get_info(self.torch)[1] * _GPU_SHARE)
+        return int(_memory_limit() * _RAM_SHARE)
+
+    def mem_usage(self) -> float:
+        """Allocated share of the device's peak, as the old system reports it; 0 on a CPU."""
+        if not self.is_cuda:
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.torch)
+        return torch.cuda.memory_allocated(self.torch) / peak if peak else 0
+
+    def synchronize(self) -> None:
+        """Wait for everything that was queued on the device."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch)
+
+    def release_cache(self) -> None:
+        """Give freed memory back to the device."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def _memory_limit() -> int:
+    """Bytes of RAM this container may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total

@@ -1,0 +1,203 @@
+"""The engine: one device, one generation at a time, each exactly as if it were alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from api.engine.attention import attention
+from api.engine.cache import ModelCache
+from api.engine.device import Device
+from api.engine.loader import LoadedModel, load
+from api.engine.pipelines import make_pipeline
+from api.errors import ApiError
+from api.schema.generation import GenerationRequest, ModelRef, Picture
+
+log = logging.getLogger("api.engine")
+
+PACKAGES = ("diffusers", "transformers", "torch", "safetensors")
+
+OnStep = Callable[[int, int], None]
+OnPhase = Callable[[str, str], None]
+
+
+class Cancelled(Exception):
+    """Raised inside a pipeline to stop it at its next step."""
+
+
+class Generated:
+    """What a generation gave, not encoded yet.
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+        meta: what is to be known of it beyond the request.
+        timings: milliseconds by phase.
+        nsfw: per image, where a safety checker ran.
+    """
+
+    def __init__(
+        self, images: np.ndarray, meta: dict[str, Any], timings: dict[str, int], nsfw: list[bool] | None
+    ) -> None:
+        self.images = images
+        self.meta = meta
+        self.timings = timings
+        self.nsfw = nsfw
+
+
+class Engine:
+    """Generates on one device.
+
+    Args:
+        device: what to compute on.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.cache = ModelCache(device.model_budget(), lambda ref: load(ref, device), device.release_cache)
+        self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+
+    def load(self, ref: ModelRef) -> tuple[LoadedModel, bool]:
+        """Bring a model into memory; says whether it was not there yet.
+
+        Raises:
+            ApiError: MODEL_BROKEN, OUT_OF_MEMORY.
+        """
+        try:
+            return self.cache.get(ref, self._expected_bytes(ref))
+        except torch.OutOfMemoryError:
+            pass
+        self.cache.clear_others(ref)
+        try:
+            return self.cache.get(ref, 0)
+        except torch.OutOfMemoryError as fault:
+            raise _out_of_memory(fault) from fault
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        on_step: OnStep = lambda step, total: None,
+        on_phase: OnPhase = lambda kind, status: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Generated:
+        """Run one request.
+
+        Args:
+            request: validated.
+            on_step: called with (step, total) after every denoising step; steps count from 1.
+            on_phase: called when ``loadModel`` or ``inference`` starts and is done.
+            cancelled: asked after every step.
+
+        Raises:
+            Cancelled: ``cancelled`` said so.
+            ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY.
+        """
+        timings: dict[str, int] = {}
+        if request.model.key not in self.cache.sizes():
+            on_phase("loadModel", "start")
+            began = time.perf_counter()
+            self.load(request.model)
+            timings["loadModel"] = _ms(began)
+            on_phase("loadModel", "done")
+        model, _ = self.load(request.model)
+        on_phase("inference", "start")
+        began = time.perf_counter()
+        try:
+            images, nsfw, used = self._run(model, request, on_step, cancelled)
+        except torch.OutOfMemoryError as fault:
+            if not self.cache.clear_others(request.model):
+                raise _out_of_memory(fault) from fault
+            log.warning("out of memory: other models are evicted and the request is tried once more")
+            try:
+                images, nsfw, used = self._run(model, request, on_step, cancelled)
+            except torch.OutOfMemoryError as again:
+                raise _out_of_memory(again) from again
+        timings["inference"] = _ms(began)
+        on_phase("inference", "done")
+        return Generated(images, self._meta(model, used), timings, nsfw)
+
+    def _run(
+        self, model: LoadedModel, request: GenerationRequest, on_step: OnStep, cancelled: Callable[[], bool]
+    ) -> tuple[np.ndarray, list[bool] | None, str]:
+        pipe = make_pipeline(model, request.pipeline, request.scheduler, request.safety_checker)
+
+        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if cancelled():
+                raise Cancelled
+            on_step(step + 1, max(pipe.num_timesteps, step + 1))
+            return {}
+
+        arguments: dict[str, Any] = {
+            **request.inputs,
+            **{name: to_pil(picture) for name, picture in request.pictures.items()},
+            "generator": make_generators(request.seed),
+            "callback_on_step_end": after_step,
+            "output_type": "pt",
+        }
+        with torch.no_grad(), attention(pipe, request.attention) as used:
+            try:
+                out = pipe(**arguments)
+            except (Cancelled, torch.OutOfMemoryError):
+                raise
+            except (ValueError, TypeError, NotImplementedError) as fault:
+                message = f"diffusers refused the inputs: {fault}"
+                raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
+            images = to_uint8(out.images)
+        flags = getattr(out, "nsfw_content_detected", None)
+        return images, [bool(flag) for flag in flags] if flags is not None else None, used
+
+    def _expected_bytes(self, ref: ModelRef) -> int:
+        """What a model will take, from the size of its files; a cast to fp32 doubles fp16 files."""
+        files = sum(p.stat().st_size for p in Path(ref.folder).rglob("*.safetensors"))
+        return files * (2 if self.device.dtype(ref.precision) == torch.float32 else 1)
+
+    def _meta(self, model: LoadedModel, attention_used: str) -> dict[str, Any]:
+        dtype = str(model.dtype).removeprefix("torch.")
+        return {
+            "device": self.device.torch.type,
+            "device_name": self.device.name,
+            "dtype": dtype,
+            "placement": "full",
+            "attention": attention_used,
+            "numerics": f"{self.device.torch.type}/{dtype}/{attention_used}/eager",
+            "versions": self.versions,
+        }
+
+
+def make_generators(seed: int | list[int]) -> torch.Generator | list[torch.Generator]:
+    """One generator for an integer seed, one per image for a list.
+
+    On the CPU, so that a seed means the same picture on every machine.
+    """
+    if isinstance(seed, list):
+        return [torch.Generator().manual_seed(s) for s in seed]
+    return torch.Generator().manual_seed(seed)
+
+
+def to_pil(picture: Picture) -> PIL.Image.Image:
+    """A decoded picture as the pipelines take it."""
+    return PIL.Image.frombytes(picture.mode, (picture.width, picture.height), picture.pixels)
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Float (N, 3, H, W) in [0, 1] to uint8 (N, H, W, 3), rounded where the tensor is.
+
+    The same values as diffusers' own ``numpy_to_pil``, without its detour over float32 arrays.
+    """
+    scaled = images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _ms(began: float) -> int:
+    return round((time.perf_counter() - began) * 1000)
+
+
+def _out_of_memory(fault: BaseException) -> ApiError:
+    return ApiError("OUT_OF_MEMORY", f"Does not fit in memory; ask for fewer or smaller images. {str(fault)[:200]}")

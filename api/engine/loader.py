@@ -1,0 +1,68 @@
+"""Reads a model's components from disk onto the device."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from api.engine.device import Device
+from api.errors import ApiError
+from api.schema.generation import ModelRef
+
+log = logging.getLogger("api.engine")
+
+
+class LoadedModel:
+    """A model in memory: the parts that every pipeline over it shares.
+
+    Attributes:
+        ref: what was loaded.
+        dtype: what it computes in.
+        components: by name, as diffusers calls them.
+        config: arguments of its pipeline class that are no components.
+        bytes: of all parameters and buffers.
+    """
+
+    def __init__(self, ref: ModelRef, dtype: torch.dtype, pipe: diffusers.DiffusionPipeline) -> None:
+        self.ref = ref
+        self.dtype = dtype
+        self.components: dict[str, Any] = dict(pipe.components)
+        self.config = {k: v for k, v in pipe.config.items() if k not in self.components and not k.startswith("_")}
+        self.bytes = sum(_module_bytes(part) for part in self.components.values() if isinstance(part, nn.Module))
+
+
+def _module_bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+
+def load(ref: ModelRef, device: Device) -> LoadedModel:
+    """Load a model from its folder. Safetensors only; nothing is unpickled or downloaded.
+
+    ``from_pretrained`` patches torch process-wide while it runs: no other work may go on meanwhile.
+
+    Raises:
+        ApiError: MODEL_BROKEN; OUT_OF_MEMORY is left to the caller as torch raises it.
+    """
+    dtype = device.dtype(ref.precision)
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            ref.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as fault:  # whatever a damaged file makes the libraries raise
+        raise ApiError(
+            "MODEL_BROKEN",
+            f'"{ref.model_id}" cannot be loaded ({type(fault).__name__}: {str(fault)[:300]}).',
+            field="callInputs.MODEL_ID",
+            requested=ref.model_id,
+        ) from fault
+    pipe.to(device.torch)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    return LoadedModel(ref, dtype, pipe)

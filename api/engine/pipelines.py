@@ -1,0 +1,55 @@
+"""Builds one job's own pipeline over a model's shared components."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import diffusers
+
+from api.engine.loader import LoadedModel
+from api.errors import ApiError
+
+log = logging.getLogger("api.engine")
+
+
+def make_scheduler(model: LoadedModel, name: str) -> Any:
+    """A scheduler of a job's own, with the model's settings.
+
+    Raises:
+        ApiError: INVALID_SCHEDULER when the class refuses the model's settings.
+    """
+    try:
+        return getattr(diffusers, name).from_config(model.components["scheduler"].config)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as fault:
+        raise ApiError(
+            "INVALID_SCHEDULER",
+            f"{name} does not work with {model.ref.model_id}: {fault}",
+            field="callInputs.SCHEDULER",
+            requested=name,
+        ) from fault
+
+
+def make_pipeline(model: LoadedModel, name: str, scheduler: str, safety_checker: bool) -> diffusers.DiffusionPipeline:
+    """A pipeline object for one job: the model's modules, a scheduler of its own.
+
+    Built from components, because ``from_pipe`` may cast the shared modules.
+
+    Args:
+        name: a diffusers pipeline class.
+        scheduler: a diffusers scheduler class.
+        safety_checker: keep the model's safety checker, where it has one.
+    """
+    cls = getattr(diffusers, name)
+    accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    parts = {k: v for k, v in {**model.config, **model.components}.items() if k in accepted}
+    parts["scheduler"] = make_scheduler(model, scheduler)
+    if not safety_checker or parts.get("safety_checker") is None:
+        if "safety_checker" in accepted:
+            parts["safety_checker"] = None
+        if "requires_safety_checker" in accepted:
+            parts["requires_safety_checker"] = False
+    pipe = cls(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

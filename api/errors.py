@@ -1,0 +1,90 @@
+"""Every error a client can get: its code, its HTTP status, and what it means.
+
+Errors are raised as ``ApiError`` where they are known and turned into HTTP in one place
+(``api.http.errors``). ``docs/errors.md`` is checked against this table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CODES: dict[str, tuple[int, str]] = {
+    "INVALID_JSON": (400, "The body is not JSON, or not a JSON object."),
+    "INVALID_INPUTS": (400, "A field has the wrong type or value; `field` names it."),
+    "UNKNOWN_INPUT": (400, "A key that the pipeline, or this API, does not know."),
+    "MISSING_INPUT": (400, "A key that this pipeline needs was not sent."),
+    "INVALID_IMAGE": (400, "An image could not be decoded."),
+    "INVALID_CROSS_ATTENTION_KWARGS": (400, "`cross_attention_kwargs` is not an object, or not one in a string."),
+    "URL_NOT_ALLOWED": (400, "The address is not http(s), or leads into a private network."),
+    "LIMIT_EXCEEDED": (400, "The request is over a limit of this server; the message names the limit."),
+    "NO_MODEL_ID": (400, "No model was named and the server has no default."),
+    "NOT_FOUND": (404, "No such route."),
+    "MODEL_NOT_FOUND": (404, "The model is not installed here; `available` lists those that are."),
+    "NO_SUCH_PIPELINE": (404, "diffusers has no pipeline class of that name."),
+    "NO_SUCH_SCHEDULER": (404, "diffusers has no scheduler class of that name."),
+    "METHOD_NOT_ALLOWED": (405, "The route exists, but not with this method."),
+    "NOT_ACCEPTABLE": (406, "The `Accept` header asks for something the answer cannot be."),
+    "BODY_TOO_LARGE": (413, "The body is larger than MAX_BODY."),
+    "IMAGE_TOO_LARGE": (413, "An image has more pixels or bytes than allowed."),
+    "URI_TOO_LONG": (414, "The request line is too long."),
+    "INVALID_SCHEDULER": (422, "The scheduler exists but is not compatible with this model."),
+    "PIPELINE_NOT_SUPPORTED": (422, "The pipeline exists but cannot be built from this model."),
+    "NOT_SUPPORTED": (422, "A known option that this version does not offer."),
+    "MODEL_BROKEN": (422, "The model's folder is there, but it cannot be loaded."),
+    "PIPELINE_ERROR": (422, "diffusers refused the inputs when the pipeline ran."),
+    "QUEUE_FULL": (429, "Too many requests are waiting; try again after `Retry-After` seconds."),
+    "CANCELLED": (499, "The client went away, or the job was cancelled."),
+    "INTERNAL_ERROR": (500, "A fault of the server; the log has the request id."),
+    "SOURCE_UNREACHABLE": (502, "An image URL could not be fetched."),
+    "NOT_READY": (503, "No worker can run jobs at the moment."),
+    "WORKER_DIED": (503, "The worker died while it ran this job, twice."),
+    "TIMED_OUT": (504, "The request took longer than REQUEST_TIMEOUT."),
+    "OUT_OF_MEMORY": (507, "The request does not fit in the device's memory."),
+}
+
+
+class ApiError(Exception):
+    """An error that is told to the client.
+
+    Args:
+        code: a key of ``CODES``.
+        message: what was wrong and what to do about it, one sentence or two.
+        field: path of the offending field, e.g. ``modelInputs.width``.
+        requested: what the client asked for.
+        available: what it could have asked for.
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        field: str | None = None,
+        requested: Any = None,
+        available: Any = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.field = field
+        self.requested = requested
+        self.available = available
+        self.retry_after = retry_after
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of this error."""
+        return CODES[self.code][0]
+
+    def body(self) -> dict[str, Any]:
+        """The ``$error`` object, without the parts that are not set."""
+        parts = {
+            "code": self.code,
+            "message": self.message,
+            "field": self.field,
+            "requested": self.requested,
+            "available": self.available,
+        }
+        return {key: value for key, value in parts.items() if value is not None}

@@ -1,0 +1,1 @@
+"""The Sanic app: one module per dialect, and what all of them share."""

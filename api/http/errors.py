@@ -1,0 +1,87 @@
+"""Turns every exception into the one error body, in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from typing import Any
+
+import orjson
+from sanic import Request
+from sanic.exceptions import (
+    BadRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    RequestCancelled,
+    RequestTimeout,
+    SanicException,
+    ServiceUnavailable,
+)
+from sanic.handlers import ErrorHandler
+from sanic.response import HTTPResponse
+
+from api.errors import ApiError
+
+log = logging.getLogger("api.http")
+
+
+def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
+    """The ``{"$error": …}`` object of an error."""
+    cause = error.__cause__
+    body = {**error.body(), "requestId": request_id}
+    if cause is not None and log.isEnabledFor(logging.DEBUG):
+        body["stack"] = "".join(traceback.format_exception(cause))
+    return {"$error": body}
+
+
+def error_response(error: ApiError, request: Request) -> HTTPResponse:
+    """An error as HTTP."""
+    legacy = request.path == "/" and request.app.ctx.service.settings.legacy_status
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+    return HTTPResponse(
+        orjson.dumps(error_body(error, getattr(request.ctx, "id", ""))),
+        status=200 if legacy else error.status,
+        headers=headers,
+        content_type="application/json",
+    )
+
+
+def to_api_error(exception: Exception, request: Request) -> ApiError:
+    """What a client is told about any exception."""
+    if isinstance(exception, ApiError):
+        return exception
+    if isinstance(exception, NotFound):
+        return ApiError("NOT_FOUND", f"There is no {request.path} here; generate with POST /.")
+    if isinstance(exception, MethodNotAllowed):
+        allowed = sorted(str(m) for m in exception.headers.get("Allow", "").split(", ") if m)
+        return ApiError("METHOD_NOT_ALLOWED", f"{request.path} does not take {request.method}.", available=allowed)
+    if isinstance(exception, PayloadTooLarge):
+        limit = request.app.config.REQUEST_MAX_SIZE
+        return ApiError("BODY_TOO_LARGE", f"The request is larger than MAX_BODY of {limit} bytes.")
+    if isinstance(exception, RequestTimeout):
+        return ApiError("TIMED_OUT", "The request did not arrive in time.")
+    if isinstance(exception, RequestCancelled):
+        return ApiError("CANCELLED", "The client went away.")
+    if isinstance(exception, ServiceUnavailable):
+        return ApiError("NOT_READY", "The server did not answer in time.")
+    if isinstance(exception, BadRequest) or (
+        isinstance(exception, SanicException) and 400 <= exception.status_code < 500
+    ):
+        return ApiError("INVALID_INPUTS", str(exception) or "The request is not valid HTTP.")
+    return ApiError("INTERNAL_ERROR", "Something went wrong in the server; its log has the request id.")
+
+
+class Handler(ErrorHandler):
+    """Sanic's hook for exceptions."""
+
+    def default(self, request: Request | None, exception: Exception) -> HTTPResponse:  # type: ignore[override]
+        """Answer any exception with our error body."""
+        if request is None:
+            return HTTPResponse(status=400)
+        error = to_api_error(exception, request)
+        if error.code == "INTERNAL_ERROR" and not isinstance(exception, asyncio.CancelledError):
+            log.error("unexpected", exc_info=exception, extra={"request_id": getattr(request.ctx, "id", None)})
+            error.__cause__ = exception
+        return error_response(error, request)

@@ -1,0 +1,67 @@
+"""Is it alive, and can it work: the routes that load balancers and people ask."""
+
+from __future__ import annotations
+
+from sanic import Request, Sanic
+from sanic.response import HTTPResponse, empty, json
+
+from api.service.dispatch import Dispatcher
+
+_ABLE = frozenset({"READY", "BUSY"})
+
+
+def register(app: Sanic) -> None:
+    """Add the routes."""
+    app.add_route(healthcheck, "/healthcheck", methods=["GET"])
+    app.add_route(live, "/health/live", methods=["GET"])
+    app.add_route(ready, "/health/ready", methods=["GET"])
+    app.add_route(ping, "/ping", methods=["GET"])
+
+
+def _dispatcher(request: Request) -> Dispatcher:
+    dispatcher: Dispatcher = request.app.ctx.service.dispatcher
+    return dispatcher
+
+
+async def healthcheck(request: Request) -> HTTPResponse:
+    """The old system's health check."""
+    dispatcher = _dispatcher(request)
+    gpu = any(worker.device.startswith("cuda") for worker in dispatcher.workers)
+    sick = dispatcher.state == "DEFUNCT"
+    return json({"state": "unhealthy" if sick else "healthy", "gpu": gpu}, status=503 if sick else 200)
+
+
+async def live(_: Request) -> HTTPResponse:
+    """200 while the process lives."""
+    return json({"state": "LIVE"})
+
+
+async def ready(request: Request) -> HTTPResponse:
+    """200 when a worker can run jobs."""
+    dispatcher = _dispatcher(request)
+    return json(_status(dispatcher), status=200 if dispatcher.state in _ABLE else 503)
+
+
+async def ping(request: Request) -> HTTPResponse:
+    """As ``ready``, but 204 while starting, as RunPod's load balancer wants it."""
+    dispatcher = _dispatcher(request)
+    if dispatcher.state == "STARTING":
+        return empty(status=204)
+    return json(_status(dispatcher), status=200 if dispatcher.state in _ABLE else 503)
+
+
+def _status(dispatcher: Dispatcher) -> dict[str, object]:
+    return {
+        "state": dispatcher.state,
+        "queue": dispatcher.queued,
+        "workers": [
+            {
+                "device": worker.info.device if worker.info else worker.device,
+                "name": worker.info.device_name if worker.info else None,
+                "ready": worker.ready,
+                "busy": worker.running is not None,
+                "restarts": worker.restarts,
+            }
+            for worker in dispatcher.workers
+        ],
+    }

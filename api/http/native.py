@@ -1,0 +1,187 @@
+"""The native dialect: ``POST /`` with ``modelInputs`` and ``callInputs``, as docker-diffusers-api has it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from typing import Any
+
+import orjson
+import pybase64
+from sanic import Request, Sanic
+from sanic.response import HTTPResponse
+
+from api.errors import ApiError
+from api.http.errors import error_body, to_api_error
+from api.schema.catalogue import nearest
+from api.schema.generation import GenerationRequest, GenerationResult
+from api.schema.messages import Phase, Progress
+
+KEYS = ("modelInputs", "callInputs")
+IMAGE_TYPES = {"image/png": "PNG", "image/webp": "WEBP", "image/jpeg": "JPEG"}
+_HEADER_LIMIT = 4096
+"""Bytes of ``$meta`` that fit in a response header; many clients take no more than 8 KiB in all."""
+
+
+def register(app: Sanic) -> None:
+    """Add the dialect's route."""
+    app.add_route(generate, "/", methods=["POST"], name="native")
+
+
+async def generate(request: Request) -> HTTPResponse | None:
+    """Answer one native request."""
+    service = request.app.ctx.service
+    service.dispatcher.check_room()
+    model_inputs, call_inputs = parse_body(request.body)
+    wanted = _wanted_type(request)
+    if wanted != "application/json":
+        call_inputs = {**call_inputs, "image_format": IMAGE_TYPES[wanted]}
+    admitted, options = await service.admit(model_inputs, call_inputs)
+    if options.get("streamEvents"):
+        await _stream(request, admitted, options)
+        return None
+    if wanted != "application/json" and admitted.images > 1:
+        message = f"{admitted.images} images do not fit in one {wanted}; accept application/json."
+        raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
+    result = await service.generate(admitted)
+    if wanted != "application/json":
+        return _bytes_response(result, wanted)
+    return HTTPResponse(orjson.dumps(result_body(result)), content_type="application/json")
+
+
+def parse_body(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two halves of a native request. A JSON string that holds the JSON is accepted too.
+
+    Raises:
+        ApiError: INVALID_JSON, INVALID_INPUTS, UNKNOWN_INPUT.
+    """
+    try:
+        data = orjson.loads(body)
+        if isinstance(data, str):
+            data = orjson.loads(data)
+    except orjson.JSONDecodeError as fault:
+        raise ApiError("INVALID_JSON", f"The body is not JSON: {fault}.") from None
+    if not isinstance(data, dict):
+        raise ApiError("INVALID_JSON", 'The body must be an object: {"modelInputs": {…}, "callInputs": {…}}.')
+    for key in data:
+        if key not in KEYS:
+            hint = nearest(key, KEYS) or f' Inputs such as "{key[:40]}" belong inside "modelInputs".'
+            raise ApiError("UNKNOWN_INPUT", f"Unknown key.{hint}", field=key[:200], available=list(KEYS))
+    halves = []
+    for key in KEYS:
+        half = data.get(key)
+        if half is None:
+            half = {}
+        if not isinstance(half, dict):
+            raise ApiError("INVALID_INPUTS", "Must be an object.", field=key)
+        halves.append(half)
+    if "modelInputs" not in data:
+        raise ApiError("MISSING_INPUT", 'There are no inputs: send {"modelInputs": {"prompt": …}}.', field=KEYS[0])
+    return halves[0], halves[1]
+
+
+def _wanted_type(request: Request) -> str:
+    accept = request.headers.get("accept")
+    if not accept:
+        return "application/json"
+    match = request.accept.match("application/json", *IMAGE_TYPES, "application/x-ndjson")
+    if not match:
+        available = ["application/json", *IMAGE_TYPES]
+        raise ApiError("NOT_ACCEPTABLE", "The answer is JSON or an image.", requested=accept[:200], available=available)
+    chosen = str(match.mime)
+    return chosen if chosen in IMAGE_TYPES else "application/json"
+
+
+def result_body(result: GenerationResult) -> dict[str, Any]:
+    """A result as the native dialect writes it."""
+    images = [pybase64.b64encode_as_string(image) for image in result.images]
+    body: dict[str, Any] = {"$meta": result.meta}
+    if len(images) == 1:
+        body["image_base64"] = images[0]
+    else:
+        body["images_base64"] = images
+    if result.nsfw is not None:
+        body["nsfw_content_detected"] = result.nsfw
+    body["$timings"] = result.timings
+    body["$mem_usage"] = result.mem_usage
+    return body
+
+
+def _bytes_response(result: GenerationResult, content_type: str) -> HTTPResponse:
+    meta = json.dumps(result.meta)
+    if len(meta) > _HEADER_LIMIT:
+        short = {**result.meta, "modelInputs": {"seed": result.meta["modelInputs"]["seed"]}, "shortened": True}
+        meta = json.dumps(short)
+    headers = {"X-Meta": meta, "X-Timings": json.dumps(result.timings), "X-Mem-Usage": str(result.mem_usage)}
+    return HTTPResponse(result.images[0], headers=headers, content_type=content_type)
+
+
+class _Events:
+    """The events of one request as lines of JSON, in the shapes of docker-diffusers-api."""
+
+    def __init__(self, start_request_id: str | None, callback_steps: int | None) -> None:
+        self.queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self.progress: float | None = None
+        self._callback_steps = callback_steps
+        self._payload = {"startRequestId": start_request_id}
+        self._began = time.time()
+        self._last: dict[str, float] = {}
+
+    def __call__(self, event: Phase | Progress) -> None:
+        if isinstance(event, Phase):
+            self._put(event.kind, event.status, {})
+            if event.kind == "inference":
+                self.progress = 0.0 if event.status == "start" else None
+        else:
+            self.progress = event.step / event.total
+            if self._callback_steps and (event.step - 1) % self._callback_steps == 0:
+                self._put("inference", "progress", {"step": event.step - 1})
+
+    def _put(self, kind: str, status: str, payload: dict[str, Any]) -> None:
+        now = time.time()
+        since = now - self._last.get(kind, now) if status == "done" else 0.0
+        self._last[kind] = now
+        self.queue.put_nowait(
+            {
+                "type": kind,
+                "status": status,
+                "container_id": None,
+                "time": round(now * 1000),
+                "t": round((now - self._began) * 1000),
+                "tsl": round(since * 1000),
+                "payload": {**self._payload, **payload},
+            }
+        )
+
+
+async def _stream(request: Request, admitted: GenerationRequest, options: dict[str, Any]) -> None:
+    events = _Events(options.get("startRequestId"), options.get("callback_steps"))
+    service = request.app.ctx.service
+    service.dispatcher.check_room()
+    job = asyncio.create_task(service.generate(admitted, events))
+    job.add_done_callback(lambda _: events.queue.put_nowait(None))
+    try:
+        response = await request.respond(content_type="application/x-ndjson")
+        tick = asyncio.get_running_loop().time() + 1
+        while True:
+            line = None
+            with contextlib.suppress(TimeoutError):
+                line = await asyncio.wait_for(events.queue.get(), tick - asyncio.get_running_loop().time())
+                if line is None:
+                    break
+            if line is None:
+                tick += 1
+                if events.progress is None:
+                    continue
+                line = {"type": "inference", "progress": events.progress}
+            await response.send(orjson.dumps(line) + b"\n")
+        try:
+            last = result_body(job.result())
+        except Exception as fault:  # the status line is gone: the error is the last line
+            last = error_body(to_api_error(fault, request), request.ctx.id)
+        await response.send(orjson.dumps(last) + b"\n")
+        await response.eof()
+    finally:
+        job.cancel()

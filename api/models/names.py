@@ -1,0 +1,39 @@
+"""What a model may be called, and the folder name that follows from it."""
+
+from __future__ import annotations
+
+import re
+
+from api.errors import ApiError
+
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_MODEL_ID = re.compile(rf"{_PART}(?:/{_PART})?")
+
+
+def check_model_id(model_id: str, field: str) -> str:
+    """Return the id if its name is safe.
+
+    A name is one or two parts of letters, digits, ``.``, ``_`` and ``-`` that begin and end with a
+    letter or digit, so that no name can leave the models folder or reach a shell.
+
+    Raises:
+        ApiError: INVALID_INPUTS.
+    """
+    if len(model_id) > 200 or not _MODEL_ID.fullmatch(model_id) or ".." in model_id or "--" in model_id:
+        raise ApiError(
+            "INVALID_INPUTS",
+            'A model id looks like "org/name": letters, digits, ".", "_" and "-".',
+            field=field,
+            requested=model_id[:200],
+        )
+    return model_id
+
+
+def folder_name(model_id: str) -> str:
+    """The folder under MODELS_DIR that holds the model: ``org/name`` lies in ``org--name``."""
+    return model_id.replace("/", "--")
+
+
+def model_id_of(folder: str) -> str:
+    """The inverse of ``folder_name``."""
+    return folder.replace("--", "/", 1)

@@ -1,0 +1,90 @@
+"""What is asked for and what comes back: the validated request and its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class ModelRef(msgspec.Struct, frozen=True):
+    """What names weights.
+
+    Attributes:
+        model_id: e.g. ``demo/shapes``.
+        revision: a fingerprint of the installed files, or a commit.
+        precision: ``fp32``, ``fp16`` or ``bf16``: what the weights are computed in.
+        folder: absolute path of the diffusers layout on disk.
+    """
+
+    model_id: str
+    revision: str
+    precision: str
+    folder: str
+
+    @property
+    def key(self) -> str:
+        """Two refs with the same key mean the same weights in the same precision."""
+        return f"{self.model_id}@{self.revision}:{self.precision}"
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """A decoded input image. ``pixels`` are ``mode``'s bytes, row by row, ``width`` x ``height``."""
+
+    mode: str
+    width: int
+    height: int
+    pixels: bytes
+    sha256: str
+
+
+class GenerationRequest(msgspec.Struct, frozen=True):
+    """The validated description of one generation. Every dialect ends in it.
+
+    Attributes:
+        id: unique to this job.
+        model: which weights.
+        pipeline: a diffusers pipeline class name.
+        scheduler: a diffusers scheduler class name.
+        inputs: arguments for the pipeline's ``__call__``, defaults filled in, without pictures.
+        pictures: image arguments by name.
+        seed: one seed for all images, or one per image.
+        images: how many images the request makes.
+        image_format: ``PNG``, ``JPEG`` or ``WEBP``.
+        image_quality: 1-100, for the lossy formats.
+        attention: ``sdpa`` or ``xformers``: what was asked for.
+        safety_checker: run the model's safety checker, where it has one.
+        meta: what is already known of ``$meta``.
+    """
+
+    id: str
+    model: ModelRef
+    pipeline: str
+    scheduler: str
+    inputs: dict[str, Any]
+    pictures: dict[str, Picture]
+    seed: int | list[int]
+    images: int
+    image_format: str
+    image_quality: int
+    attention: str
+    safety_checker: bool
+    meta: dict[str, Any]
+
+
+class GenerationResult(msgspec.Struct):
+    """What a generation gave.
+
+    Attributes:
+        images: encoded images.
+        meta: everything needed to do it again.
+        timings: milliseconds by phase.
+        mem_usage: allocated / total memory of the device, 0 on a CPU.
+        nsfw: per image, where a safety checker ran.
+    """
+
+    images: list[bytes]
+    meta: dict[str, Any]
+    timings: dict[str, int]
+    mem_usage: float
+    nsfw: list[bool] | None = None

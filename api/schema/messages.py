@@ -1,0 +1,111 @@
+"""The process boundary between service and worker: every message, and how it is framed.
+
+A frame is a 4-byte big-endian length and a MessagePack body.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
+
+HEADER = struct.Struct(">I")
+
+
+class Load(msgspec.Struct, tag=True):
+    """Bring a model into memory ahead of any request."""
+
+    model: ModelRef
+
+
+class Generate(msgspec.Struct, tag=True):
+    """Run one request."""
+
+    request: GenerationRequest
+
+
+class Cancel(msgspec.Struct, tag=True):
+    """Stop a running request at its next step."""
+
+    id: str
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The worker has imported everything and can take requests."""
+
+    device: str
+    device_name: str
+    versions: dict[str, str]
+    init_ms: int
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """The models that are in the worker's memory now, in bytes, least recently used first."""
+
+    models: dict[str, int]
+
+
+class Phase(msgspec.Struct, tag=True):
+    """A part of a request began or ended.
+
+    Attributes:
+        kind: ``loadModel`` or ``inference``.
+        status: ``start`` or ``done``.
+    """
+
+    id: str
+    kind: str
+    status: str
+
+
+class Progress(msgspec.Struct, tag=True):
+    """One denoising step of a request is done; ``step`` counts from 1."""
+
+    id: str
+    step: int
+    total: int
+
+
+class Done(msgspec.Struct, tag=True):
+    """A request is finished."""
+
+    id: str
+    result: GenerationResult
+
+
+class Failed(msgspec.Struct, tag=True):
+    """A request could not be done. ``error`` is what ``ApiError`` takes."""
+
+    id: str
+    code: str
+    message: str
+    error: dict[str, Any]
+    stack: str
+
+
+ToWorker = Load | Generate | Cancel
+FromWorker = Ready | Loaded | Phase | Progress | Done | Failed
+AboutJob = Phase | Progress | Done | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+
+
+def frame(message: ToWorker | FromWorker) -> bytes:
+    """A message as it goes over the wire."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def parse_to_worker(body: bytes) -> ToWorker:
+    """The message in a frame's body, on the worker's side."""
+    return _to_worker.decode(body)
+
+
+def parse_from_worker(body: bytes) -> FromWorker:
+    """The message in a frame's body, on the service's side."""
+    return _from_worker.decode(body)

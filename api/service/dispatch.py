@@ -1,0 +1,162 @@
+"""The queue and who takes from it: a bounded line of jobs, one at a time to each worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+
+from api.errors import ApiError
+from api.schema.generation import ModelRef
+from api.schema.messages import AboutJob, Cancel, Done, Failed, Generate, Load
+from api.service.jobs import Job
+from api.service.workers import Worker
+from api.settings import Settings
+
+log = logging.getLogger("api.dispatch")
+
+MAX_TRIES = 2
+_FIRST_GUESS = 2.0
+"""Seconds a job is thought to take before any has been measured."""
+
+
+class Dispatcher:
+    """Feeds the workers.
+
+    A job goes to a free worker that has its model in memory, else to any free one. When a worker
+    dies, the job that it ran is tried once more, alone.
+
+    Args:
+        settings: the size of the queue, timeouts.
+        devices: one worker is started for each.
+        warm: models that every worker loads at start.
+    """
+
+    def __init__(self, settings: Settings, devices: tuple[str, ...], warm: list[ModelRef]) -> None:
+        self._settings = settings
+        self._queue: deque[Job] = deque()
+        self._jobs: dict[str, Job] = {}
+        loads = [Load(ref) for ref in warm]
+        self.workers = [Worker(device, loads, self._on_message, self._on_state) for device in devices]
+        self._seconds = _FIRST_GUESS
+        self.draining = False
+
+    def start(self) -> None:
+        """Start every worker."""
+        for worker in self.workers:
+            worker.start()
+
+    async def stop(self) -> None:
+        """Refuse new jobs, give running ones DRAIN_TIMEOUT, then end the workers."""
+        self.draining = True
+        for job in list(self._queue):
+            self._finish(job, ApiError("NOT_READY", "The server is shutting down; send the request again."))
+        deadline = time.monotonic() + self._settings.drain_timeout
+        while self._jobs and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for job in list(self._jobs.values()):
+            self._finish(job, ApiError("NOT_READY", "The server shut down before the job was done; send it again."))
+        await asyncio.gather(*(worker.stop() for worker in self.workers))
+
+    @property
+    def queued(self) -> int:
+        """How many jobs wait."""
+        return len(self._queue)
+
+    @property
+    def state(self) -> str:
+        """STARTING, READY, BUSY (all workers run something), DRAINING or DEFUNCT."""
+        if self.draining:
+            return "DRAINING"
+        if all(worker.defunct for worker in self.workers):
+            return "DEFUNCT"
+        ready = [worker for worker in self.workers if worker.ready]
+        if not ready:
+            return "STARTING"
+        return "BUSY" if all(worker.running for worker in ready) else "READY"
+
+    def check_room(self) -> None:
+        """Say no early.
+
+        Raises:
+            ApiError: QUEUE_FULL, with the seconds after which there should be room; NOT_READY.
+        """
+        if self.draining:
+            raise ApiError("NOT_READY", "The server is shutting down.")
+        if self.state == "DEFUNCT":
+            raise ApiError("NOT_READY", "The workers do not start; the server's log says why.")
+        if len(self._queue) >= self._settings.max_queue:
+            wait = max(1, math.ceil(len(self._queue) * self._seconds / max(1, len(self.workers))))
+            message = f"{len(self._queue)} requests are waiting, as many as MAX_QUEUE allows."
+            raise ApiError("QUEUE_FULL", message, retry_after=wait)
+
+    def submit(self, job: Job) -> None:
+        """Put a job in line.
+
+        Raises:
+            ApiError: QUEUE_FULL, NOT_READY.
+        """
+        self.check_room()
+        self._jobs[job.id] = job
+        self._queue.append(job)
+        self._feed()
+
+    def cancel(self, job: Job, error: ApiError) -> None:
+        """End a job wherever it is; one that runs stops at its next step."""
+        for worker in self.workers:
+            if worker.running == job.id and worker.ready:
+                worker.send(Cancel(job.id))
+        self._finish(job, error)
+
+    def _feed(self) -> None:
+        for job in list(self._queue):
+            free = [worker for worker in self.workers if worker.ready and not worker.running]
+            if not free:
+                return
+            key = job.request.model.key
+            worker = next((w for w in free if key in w.models), free[0])
+            self._queue.remove(job)
+            job.start()
+            worker.send(Generate(job.request))
+
+    def _finish(self, job: Job, error: ApiError) -> None:
+        job.fail(error)
+        self._jobs.pop(job.id, None)
+        if job in self._queue:
+            self._queue.remove(job)
+
+    def _on_message(self, worker: Worker, message: AboutJob) -> None:
+        job = self._jobs.get(message.id)
+        if not isinstance(message, Done | Failed):
+            if job:
+                job.report(message)
+            return
+        worker.running = None
+        if job:
+            self._seconds += 0.2 * (time.monotonic() - (job.started or job.created) - self._seconds)
+            del self._jobs[job.id]
+            if isinstance(message, Done):
+                job.complete(message.result)
+            else:
+                log.warning("job failed: %s %s", message.code, message.message, extra={"request_id": job.id})
+                if message.stack:
+                    log.debug("%s", message.stack, extra={"request_id": job.id})
+                job.fail(ApiError(message.code, message.message, **message.error))
+        self._feed()
+
+    def _on_state(self, worker: Worker) -> None:
+        if not worker.ready and worker.running:
+            job = self._jobs.get(worker.running)
+            worker.running = None
+            if job and job.tries < MAX_TRIES and not worker.defunct:
+                log.warning("its worker died; the job is tried once more", extra={"request_id": job.id})
+                job.requeue()
+                self._queue.appendleft(job)
+            elif job:
+                self._finish(job, ApiError("WORKER_DIED", "The worker died twice while it ran this request."))
+        if all(w.defunct for w in self.workers):
+            for job in list(self._jobs.values()):
+                self._finish(job, ApiError("NOT_READY", "The workers do not start; the server's log says why."))
+        self._feed()

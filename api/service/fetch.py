@@ -1,0 +1,140 @@
+"""Fetches a URL that a client named, without letting it reach into private networks.
+
+The guard sits where connections are made: every address that a name resolves to is checked, and
+the connection goes to the address that was checked. Redirects and names that change their mind
+between two look-ups (DNS rebinding) pass through the same place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+
+from api.errors import ApiError
+
+MAX_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class NotAllowed(Exception):
+    """An address that must not be connected to."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is a public unicast one; what is embedded in an IPv6 address counts."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+
+
+class _Guard(httpcore.AsyncNetworkBackend):
+    """Connects only to public addresses, and to the very address that was checked."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._backend = httpcore.AnyIOBackend()
+        self._allow_private = allow_private
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as fault:
+            raise httpcore.ConnectError(f"the name {host} cannot be resolved") from fault
+        addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+        if not self._allow_private and not all(is_public(a) for a in addresses):
+            raise NotAllowed(host)
+        return await self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+
+    async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
+        raise NotAllowed("unix socket")
+
+    async def sleep(self, seconds: float) -> None:
+        await self._backend.sleep(seconds)
+
+
+async def fetch(url: str, field: str, *, timeout: float, max_bytes: int, allow_private: bool) -> bytes:
+    """GET a URL.
+
+    Args:
+        url: http or https; at most five redirects are followed, each checked like the first.
+        field: path of the input that held it, for errors.
+        timeout: seconds for all of it.
+        max_bytes: size of the body, at most.
+        allow_private: let private and loopback addresses through.
+
+    Raises:
+        ApiError: URL_NOT_ALLOWED, SOURCE_UNREACHABLE, IMAGE_TOO_LARGE.
+    """
+    try:
+        async with (
+            asyncio.timeout(timeout),
+            httpcore.AsyncConnectionPool(network_backend=_Guard(allow_private)) as pool,
+        ):
+            return await _follow(pool, url, field, timeout, max_bytes)
+    except TimeoutError:
+        raise _unreachable(url, field, f"it took longer than {timeout:g} seconds") from None
+    except NotAllowed:
+        message = "The address leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that."
+        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=url[:200]) from None
+    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as fault:
+        raise _unreachable(url, field, str(fault) or type(fault).__name__) from fault
+
+
+async def _follow(pool: httpcore.AsyncConnectionPool, url: str, field: str, timeout: float, max_bytes: int) -> bytes:
+    timeouts = {"timeout": {"connect": timeout, "read": timeout, "write": timeout, "pool": timeout}}
+    headers = [("User-Agent", "diffusers-api"), ("Accept", "image/*,*/*;q=0.5")]
+    for _ in range(MAX_REDIRECTS + 1):
+        _check_scheme(url, field)
+        async with pool.stream("GET", url, headers=headers, extensions=timeouts) as response:
+            location = _header(response.headers, b"location")
+            if response.status in _REDIRECTS and location:
+                url = urljoin(url, location)
+                continue
+            if response.status != 200:
+                raise _unreachable(url, field, f"it answered {response.status}")
+            body = bytearray()
+            async for chunk in response.aiter_stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise ApiError("IMAGE_TOO_LARGE", f"More than MAX_BODY of {max_bytes} bytes.", field=field)
+            return bytes(body)
+    raise _unreachable(url, field, f"more than {MAX_REDIRECTS} redirects")
+
+
+def _check_scheme(url: str, field: str) -> None:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        url.encode("ascii")
+    except ValueError:
+        valid = False
+    if not valid:
+        message = "Must be an http or https URL, in ASCII."
+        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=url[:200])
+
+
+def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in headers if key.lower() == name), None)
+
+
+def _unreachable(url: str, field: str, why: str) -> ApiError:
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    return ApiError("SOURCE_UNREACHABLE", f"{host} could not be fetched: {why}.", field=field, requested=url[:200])

@@ -1,0 +1,241 @@
+"""Checks ``modelInputs`` against what a pipeline accepts: names, types, ranges, limits."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from api.errors import ApiError
+from api.models.library import InstalledModel
+from api.schema.catalogue import Input, nearest
+from api.settings import Settings
+
+ALIASES = {"init_image": "image", "input_image": "image"}
+"""Old names of arguments. They mean the new name wherever the pipeline has it and not the old."""
+IMAGES = frozenset({"image", "mask_image"})
+OURS = frozenset({"seed", "callback_steps"})
+"""Inputs that the server itself uses."""
+_MAX_SEED = 2**64 - 1
+_MAX_PROMPT = 20_000
+_SHOWN = 80
+
+_DESCRIBED = {
+    "string": "a string",
+    "strings": "a list of strings",
+    "integer": "a whole number",
+    "integers": "a list of whole numbers",
+    "number": "a number",
+    "numbers": "a list of numbers",
+    "boolean": "true or false",
+    "object": "an object",
+    "image": "an image (base64, or a URL with callInputs.is_url)",
+    "images": "a list of images",
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "strength": (0, 1),
+    "eta": (0, 1),
+    "guidance_rescale": (0, 1),
+    "guidance_scale": (-1000, 1000),
+    "num_inference_steps": (1, math.inf),
+    "num_images_per_prompt": (1, math.inf),
+    "width": (1, math.inf),
+    "height": (1, math.inf),
+    "clip_skip": (0, 100),
+    "padding_mask_crop": (0, 10_000),
+}
+
+
+def _invalid(name: str, message: str, value: Any = None) -> ApiError:
+    shown = (
+        value if not isinstance(value, str | list | dict) or len(str(value)) <= _SHOWN else str(value)[:_SHOWN] + "…"
+    )
+    return ApiError("INVALID_INPUTS", message, field=f"modelInputs.{name}", requested=shown)
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "string":
+        return isinstance(value, str)
+    if kind == "boolean":
+        return isinstance(value, bool)
+    if kind == "integer":
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return whole and not isinstance(value, bool)
+    if kind == "number":
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind == "object":
+        return isinstance(value, dict)
+    if kind == "image":
+        return isinstance(value, str)
+    single = {"strings": "string", "integers": "integer", "numbers": "number", "images": "image"}[kind]
+    return isinstance(value, list) and bool(value) and all(_fits(item, single) for item in value)
+
+
+def _coerce(value: Any, types: tuple[str, ...]) -> Any:
+    """Numbers as Python's pipelines want them: 20.0 is 20 where a whole number is asked for."""
+    if "integer" in types and isinstance(value, float):
+        return int(value)
+    if "number" in types and "integer" not in types and isinstance(value, int):
+        return float(value)
+    return value
+
+
+def rename_aliases(model_inputs: dict[str, Any], accepted: dict[str, Input]) -> dict[str, Any]:
+    """Old argument names replaced by today's.
+
+    Raises:
+        ApiError: INVALID_INPUTS when both names are sent.
+    """
+    out: dict[str, Any] = {}
+    for name, value in model_inputs.items():
+        new = ALIASES.get(name, name)
+        new = new if new in accepted and name not in accepted else name
+        if new in out:
+            raise _invalid(name, f"Sent twice, as {new} and as {name}.")
+        out[new] = value
+    return out
+
+
+def check_inputs(model_inputs: dict[str, Any], accepted: dict[str, Input], pipeline: str) -> dict[str, Any]:
+    """Check names and types of every input.
+
+    Args:
+        model_inputs: as the client sent them, aliases renamed.
+        accepted: the pipeline's arguments.
+        pipeline: its class name, for messages.
+
+    Returns:
+        The inputs without ``null`` values and without those in ``OURS``; images still as strings.
+
+    Raises:
+        ApiError: UNKNOWN_INPUT, INVALID_INPUTS or INVALID_CROSS_ATTENTION_KWARGS, with the field.
+    """
+    out: dict[str, Any] = {}
+    for name, value in model_inputs.items():
+        if name in OURS:
+            continue
+        if name not in accepted:
+            names = [*accepted, *OURS]
+            message = f"{pipeline} has no such input.{nearest(name, names)}"
+            raise ApiError("UNKNOWN_INPUT", message, field=f"modelInputs.{name}", available=sorted(names))
+        if value is None:
+            continue
+        types = accepted[name].types
+        if name == "cross_attention_kwargs":
+            value = _cross_attention(value)
+        if not any(_fits(value, kind) for kind in types):
+            raise _invalid(name, f"Must be {' or '.join(_DESCRIBED[kind] for kind in types)}.", value)
+        out[name] = _coerce(value, types)
+    return out
+
+
+def _cross_attention(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, dict):
+        raise ApiError(
+            "INVALID_CROSS_ATTENTION_KWARGS",
+            "Must be an object, or a string that holds one as JSON.",
+            field="modelInputs.cross_attention_kwargs",
+        )
+    return value
+
+
+def check_values(inputs: dict[str, Any], accepted: dict[str, Input], model: InstalledModel, settings: Settings) -> None:
+    """Check ranges, limits and what the model's configuration demands, once types are known.
+
+    Args:
+        inputs: what was sent, checked, and every default filled in.
+
+    Raises:
+        ApiError: INVALID_INPUTS, MISSING_INPUT or LIMIT_EXCEEDED, with the field.
+    """
+    _check_ranges(inputs, accepted)
+    _check_prompts(inputs, accepted)
+    _check_steps(inputs, accepted, settings)
+    _check_size(inputs, model, settings)
+
+
+def _check_ranges(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = inputs.get(name)
+        if value is not None and name in accepted and not low <= value <= high:
+            wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise _invalid(name, f"Must be {wanted}.", value)
+
+
+def _check_prompts(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
+    """Lengths; and one negative prompt for many prompts becomes a list, as the pipelines want it."""
+    prompt, negative = inputs.get("prompt"), inputs.get("negative_prompt")
+    if "prompt" in accepted and prompt is None:
+        raise ApiError("MISSING_INPUT", "A prompt is needed.", field="modelInputs.prompt")
+    for name, value in (("prompt", prompt), ("negative_prompt", negative)):
+        texts = value if isinstance(value, list) else [value or ""]
+        if any(len(text) > _MAX_PROMPT for text in texts):
+            raise ApiError("LIMIT_EXCEEDED", f"At most {_MAX_PROMPT} characters.", field=f"modelInputs.{name}")
+    if isinstance(negative, str) and isinstance(prompt, list):
+        inputs["negative_prompt"] = [negative] * len(prompt)
+    elif isinstance(negative, list) and (not isinstance(prompt, list) or len(negative) != len(prompt)):
+        raise _invalid("negative_prompt", "A list goes with a list of prompts of the same length.")
+
+
+def _check_steps(inputs: dict[str, Any], accepted: dict[str, Input], settings: Settings) -> None:
+    lengths = [len(inputs.get(name) or ()) for name in ("timesteps", "sigmas")]
+    steps = max(inputs.get("num_inference_steps") or 0, *lengths)
+    if steps > settings.max_steps:
+        raise _limit("num_inference_steps", steps, "MAX_STEPS", settings.max_steps)
+    strength = inputs.get("strength")
+    if steps and "strength" in accepted and strength is not None and strength * steps < 1:
+        raise _invalid("strength", f"Times num_inference_steps ({steps}) it must be at least 1.", strength)
+
+
+def _check_size(inputs: dict[str, Any], model: InstalledModel, settings: Settings) -> None:
+    for name in ("width", "height"):
+        value = inputs.get(name)
+        if value is not None and value % model.size_multiple:
+            fitting = max(1, round(value / model.size_multiple)) * model.size_multiple
+            raise _invalid(name, f"Must be divisible by {model.size_multiple} for this model, e.g. {fitting}.", value)
+    width, height = inputs.get("width"), inputs.get("height")
+    if width and height and width * height > settings.max_pixels:
+        raise _limit("width", width * height, "MAX_PIXELS", settings.max_pixels)
+    if width and height and not 1 / 32 <= width / height <= 32:
+        raise _invalid("width", "An image may be at most 32 times as long as it is wide.", [width, height])
+
+
+def _limit(name: str, value: int, limit: str, allowed: int) -> ApiError:
+    message = f"{value} is over this server's {limit} of {allowed}."
+    return ApiError("LIMIT_EXCEEDED", message, field=f"modelInputs.{name}", requested=value)
+
+
+def count_images(inputs: dict[str, Any], settings: Settings) -> int:
+    """How many images a request makes.
+
+    Raises:
+        ApiError: LIMIT_EXCEEDED.
+    """
+    prompt = inputs.get("prompt")
+    count = (len(prompt) if isinstance(prompt, list) else 1) * (inputs.get("num_images_per_prompt") or 1)
+    if count > settings.max_images:
+        raise _limit("num_images_per_prompt", count, "MAX_IMAGES", settings.max_images)
+    return count
+
+
+def check_seed(seed: Any, images: int, draw: int) -> int | list[int]:
+    """The seed of a request: what was sent, or ``draw``.
+
+    Raises:
+        ApiError: INVALID_INPUTS.
+    """
+    if seed is None:
+        return draw
+    seeds = seed if isinstance(seed, list) else [seed]
+    if not all(_fits(s, "integer") and 0 <= s <= _MAX_SEED for s in seeds):
+        raise _invalid("seed", f"Must be a whole number from 0 to {_MAX_SEED}, or a list of them.", seed)
+    if not isinstance(seed, list):
+        return int(seed)
+    if len(seeds) != images:
+        raise _invalid("seed", f"A list of seeds has one for each image: {images}, not {len(seeds)}.", seed)
+    return [int(s) for s in seeds]

@@ -1,0 +1,91 @@
+"""A job: one request's life, from the queue to a terminal state that never changes again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from enum import StrEnum
+
+from api.errors import ApiError
+from api.schema.generation import GenerationRequest, GenerationResult
+from api.schema.messages import Phase, Progress
+
+
+class JobState(StrEnum):
+    """Where a job is in its life."""
+
+    IN_QUEUE = "IN_QUEUE"
+    IN_PROGRESS = "IN_PROGRESS"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    TIMED_OUT = "TIMED_OUT"
+
+
+TERMINAL = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.TIMED_OUT})
+
+
+class Job:
+    """One request on its way through the service.
+
+    Args:
+        request: what is to be done.
+        on_event: called with what the worker reports on the way.
+    """
+
+    def __init__(self, request: GenerationRequest, on_event: Callable[[Phase | Progress], None] | None = None) -> None:
+        self.request = request
+        self.state = JobState.IN_QUEUE
+        self.tries = 0
+        self.created = time.monotonic()
+        self.started: float | None = None
+        self._on_event = on_event
+        self._outcome: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def over(self) -> bool:
+        """Whether the job is in a terminal state."""
+        return self.state in TERMINAL
+
+    def start(self) -> None:
+        """A worker begins with it, for the first time or once more."""
+        self.state = JobState.IN_PROGRESS
+        self.tries += 1
+        self.started = time.monotonic()
+
+    def requeue(self) -> None:
+        """Its worker died: it waits again."""
+        self.state = JobState.IN_QUEUE
+
+    def report(self, event: Phase | Progress) -> None:
+        """Pass an event on, unless the job is over."""
+        if not self.over and self._on_event:
+            self._on_event(event)
+
+    def complete(self, result: GenerationResult) -> None:
+        """End well. Does nothing if the job is already over."""
+        if not self.over:
+            self.state = JobState.COMPLETED
+            self._outcome.set_result(result)
+
+    def fail(self, error: ApiError) -> None:
+        """End with an error; its code decides the state. Does nothing if the job is already over."""
+        if not self.over:
+            special = {"CANCELLED": JobState.CANCELLED, "TIMED_OUT": JobState.TIMED_OUT}
+            self.state = special.get(error.code, JobState.FAILED)
+            self._outcome.set_exception(error)
+            self._outcome.exception()  # a client that went away never asks
+
+    async def result(self) -> GenerationResult:
+        """Wait for the end.
+
+        Raises:
+            ApiError: the job failed, was cancelled or timed out.
+        """
+        return await asyncio.shield(self._outcome)

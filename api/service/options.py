@@ -1,0 +1,76 @@
+"""The ``callInputs`` that clients send: their types, and the ones that come later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from api.errors import ApiError
+from api.schema.catalogue import nearest
+
+TEXT = {
+    "MODEL_ID": "the model",
+    "MODEL_REVISION": "its revision",
+    "MODEL_PRECISION": 'fp32 (also ""), fp16 or bf16',
+    "PIPELINE": "a diffusers pipeline class, or one of the AutoPipelines",
+    "SCHEDULER": "a diffusers scheduler class",
+    "image_format": "PNG, JPEG or WEBP",
+    "startRequestId": "the client's own id; returned in $meta",
+}
+FLAGS = {
+    "streamEvents": "answer with a stream of events, one JSON object a line",
+    "is_url": "image, mask_image and init_image are URLs",
+    "safety_checker": "run the model's safety checker, where it has one",
+    "xformers_memory_efficient_attention": "use xformers where installed",
+}
+WHOLE = {"image_quality": "1-100, for JPEG and WEBP"}
+KNOWN = (*TEXT, *FLAGS, *WHOLE)
+
+LATER = {
+    "HF_MODEL_ID": "models are served from disk",
+    "MODEL_URL": "models are served from disk",
+    "CHECKPOINT_URL": "models are served from disk",
+    "CHECKPOINT_CONFIG_URL": "models are served from disk",
+    "custom_pipeline_method": "pipelines are called, no other method of theirs",
+    "compel_prompts": "prompts are taken as they are",
+    "textual_inversions": "adapters cannot be loaded yet",
+    "lora_weights": "adapters cannot be loaded yet",
+    "SEND_URL": "no webhooks are sent yet",
+    "SIGN_KEY": "no webhooks are sent yet",
+    "use_extra": "there are no extras yet",
+    "FILL_MODE": "prepare the picture before sending it",
+    "train": "training is not offered yet",
+    "dest_url": "the answer holds the images",
+}
+"""Options of docker-diffusers-api that this version refuses rather than ignores."""
+
+
+def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
+    """Check names and types of ``callInputs``; an option set to its empty value counts as not sent.
+
+    Raises:
+        ApiError: UNKNOWN_INPUT, NOT_SUPPORTED or INVALID_INPUTS, with the field.
+    """
+    out: dict[str, Any] = {}
+    for name, value in call_inputs.items():
+        field = f"callInputs.{name}"
+        if name in LATER:
+            if value in (None, "", False, 0, [], {}):
+                continue
+            raise ApiError("NOT_SUPPORTED", f"{name} is not supported by this version: {LATER[name]}.", field=field)
+        if name not in KNOWN:
+            message = f"Unknown option.{nearest(name, [*KNOWN, *LATER])}"
+            raise ApiError("UNKNOWN_INPUT", message, field=field, available=sorted(KNOWN))
+        if name == "MODEL_PRECISION" and value == "":
+            value = "fp32"
+        if value is None or value == "":
+            continue
+        if name in TEXT and not isinstance(value, str):
+            raise ApiError("INVALID_INPUTS", f"Must be a string: {TEXT[name]}.", field=field, requested=value)
+        if name in FLAGS:
+            if not isinstance(value, bool) and value not in (0, 1):
+                raise ApiError("INVALID_INPUTS", f"Must be true or false: {FLAGS[name]}.", field=field, requested=value)
+            value = bool(value)
+        if name in WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ApiError("INVALID_INPUTS", f"Must be a whole number: {WHOLE[name]}.", field=field, requested=value)
+        out[name] = value
+    return out

@@ -1,0 +1,174 @@
+"""Every environment variable, typed and documented once.
+
+``.env.example`` is checked against this file by a test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED_MODELS = ROOT / "models"
+"""Models that come with this repository: ``demo/shapes``."""
+
+
+class SettingsError(ValueError):
+    """One or more environment variables cannot be used; the message names each."""
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _flag(value: str) -> bool:
+    lowered = value.strip().lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError("must be 0 or 1")
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError("must be a whole number") from None
+        if not low <= number <= high:
+            raise ValueError(f"must be between {low} and {high}")
+        return number
+
+    return parse
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def _bytes(value: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
+    if not match:
+        raise ValueError("must be a size such as 20MiB or 500000")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _seconds(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("must be a number of seconds") from None
+    if not 0 < number < 1e7:
+        raise ValueError("must be more than 0 and less than 10000000")
+    return number
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value
+
+    return parse
+
+
+def _list(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _models_dir(value: str) -> Path:
+    if value:
+        return Path(value).expanduser()
+    for mounted in ("/runpod-volume", "/workspace"):
+        if os.path.ismount(mounted):
+            return Path(mounted) / "diffusers-api" / "models"
+    return Path("~/.cache/diffusers-api/models").expanduser()
+
+
+def _variable(name: str, default: str, parse: Callable[[str], Any], meaning: str) -> Any:
+    metadata = {"name": name, "default": default, "parse": parse, "meaning": meaning}
+    return field(default_factory=lambda: parse(default), metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The container's settled configuration. Sizes are bytes, durations seconds."""
+
+    host: str = _variable("HOST", "0.0.0.0", _text, "address to listen on")
+    port: int = _variable("PORT", "8000", _whole(0, 65535), "port to listen on; 0 picks a free one")
+    model_id: str = _variable("MODEL_ID", "demo/shapes", _text, "the default model")
+    model_revision: str = _variable("MODEL_REVISION", "", _text, "revision of the default model")
+    model_precision: str = _variable(
+        "MODEL_PRECISION",
+        "",
+        _one_of("", "fp32", "fp16", "bf16"),
+        "precision where a request names none; empty: fp32; a CPU computes in fp32 always",
+    )
+    pipeline: str = _variable("PIPELINE", "AutoPipelineForText2Image", _text, "the default pipeline, or ALL")
+    scheduler: str = _variable(
+        "SCHEDULER",
+        "DPMSolverMultistepScheduler",
+        _text,
+        "the default scheduler; gives way to the model's own where it does not fit",
+    )
+    models_dir: Path = _variable(
+        "MODELS_DIR", "", _models_dir, "folder of installed models; empty: on the mounted volume, else ~/.cache"
+    )
+    warm_models: tuple[str, ...] = _variable(
+        "WARM_MODELS", "", _list, "models to load at start beside MODEL_ID, comma-separated"
+    )
+    devices: tuple[str, ...] = _variable(
+        "DEVICES", "", _list, "e.g. cuda:0,cuda:1 or cpu; empty: all GPUs, else the CPU"
+    )
+    attention: str = _variable(
+        "ATTENTION",
+        "auto",
+        _one_of("auto", "sdpa", "xformers"),
+        "attention kernels; auto is sdpa; what is not installed falls back to it",
+    )
+    max_queue: int = _variable("MAX_QUEUE", "100", _whole(1, 100_000), "requests that may wait; the next one is a 429")
+    max_pixels: int = _variable("MAX_PIXELS", "4194304", _whole(64, 2**30), "pixels of one image, in or out")
+    max_steps: int = _variable("MAX_STEPS", "500", _whole(1, 100_000), "num_inference_steps of one request")
+    max_images: int = _variable("MAX_IMAGES", "16", _whole(1, 1024), "images of one request")
+    max_body: int = _variable("MAX_BODY", "64MiB", _bytes, "size of a request body, and of an image fetched from a URL")
+    request_timeout: float = _variable(
+        "REQUEST_TIMEOUT", "600", _seconds, "seconds a request may take, waiting included"
+    )
+    fetch_timeout: float = _variable("FETCH_TIMEOUT", "20", _seconds, "seconds an image URL may take")
+    drain_timeout: float = _variable("DRAIN_TIMEOUT", "30", _seconds, "seconds that running jobs get at SIGTERM")
+    allow_private_urls: bool = _variable(
+        "ALLOW_PRIVATE_URLS", "0", _flag, "1: image URLs may lead into private networks"
+    )
+    legacy_status: bool = _variable("LEGACY_STATUS", "0", _flag, "1: errors come with HTTP 200, for old clients")
+    log_format: str = _variable(
+        "LOG_FORMAT", "", _one_of("", "text", "json"), "text or json; empty: text on a terminal"
+    )
+    log_level: str = _variable("LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error"), "least level to log")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+        """Read the settings.
+
+        Args:
+            environ: where to read from; the process environment by default.
+            overrides: fields that win over the environment, already parsed.
+
+        Raises:
+            SettingsError: a variable has a value that cannot be used; all of them are named.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        faults = []
+        for f in fields(cls):
+            meta = f.metadata
+            try:
+                values[f.name] = meta["parse"](environ.get(meta["name"], meta["default"]))
+            except ValueError as fault:
+                faults.append(f"{meta['name']}={environ.get(meta['name'])!r}: {fault}")
+        if faults:
+            raise SettingsError("; ".join(faults))
+        return cls(**{**values, **overrides})
