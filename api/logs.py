@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import orjson
 
-_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEYS?|SIGN_KEY|ACCESS_KEY_ID)$", re.IGNORECASE)
+_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEYS?|SIGN_KEY|ACCESS_KEY(_ID)?)$", re.IGNORECASE)
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 _SIGNED_QUERY = re.compile(r"((?:X-Amz-[A-Za-z-]+|Signature|AWSAccessKeyId|token|sig)=)[^&\s\"']+", re.IGNORECASE)
 _BEARER = re.compile(r"(?<=Bearer )[\w.~+/=-]+")

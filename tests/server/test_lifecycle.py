@@ -1,0 +1,161 @@
+"""Starting, dying, stopping: the port stays, jobs end once, no process is left behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.running import Server, images_of
+
+GOOD = {"prompt": "a red circle on a blue background", "num_inference_steps": 3, "seed": 5}
+LONG = {"prompt": "a red circle", "num_inference_steps": 500, "seed": 1}
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, models_dir: Path) -> Iterator[Server]:
+    server = Server({"MODELS_DIR": str(models_dir), "DRAIN_TIMEOUT": "20"}, tmp_path / "server.log")
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_gone(pid: int, seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.02)
+
+
+def wait_busy(server: Server) -> None:
+    while not any(w["busy"] for w in server.client.get("/health/ready").json()["workers"]):
+        time.sleep(0.01)
+
+
+def test_it_answers_before_it_can_work_and_says_so(fresh: Server) -> None:
+    fresh.wait_live()
+    ready = fresh.client.get("/health/ready")
+    assert (ready.status_code, ready.json()["state"]) == (503, "STARTING")
+    assert fresh.client.get("/ping").status_code == 204
+    early = fresh.post(GOOD)  # waits for the worker rather than failing
+    assert early.status_code == 200
+    assert "init" in early.json()["$timings"]
+    assert "init" not in fresh.post(GOOD).json()["$timings"]
+    assert fresh.client.get("/ping").status_code == 200
+
+
+def test_a_worker_that_dies_is_replaced_and_its_job_is_done_all_the_same(fresh: Server) -> None:
+    fresh.wait_ready()
+    alone = images_of(fresh.post(GOOD).json())[0]
+    slow = {**GOOD, "num_inference_steps": 60}
+    slow_alone = images_of(fresh.post(slow).json())[0]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(fresh.post, inputs) for inputs in (slow, GOOD, GOOD)]
+        wait_busy(fresh)
+        (pid,) = fresh.worker_pids()
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+        assert fresh.client.get("/health/live").status_code == 200
+        answers = [job.result() for job in jobs]
+    assert [a.status_code for a in answers] == [200, 200, 200]
+    for answer, reference in zip(answers, (slow_alone, alone, alone), strict=True):
+        assert np.array_equal(images_of(answer.json())[0], reference)
+    assert fresh.process.poll() is None
+    assert fresh.client.get("/health/ready").json()["workers"][0]["restarts"] == 1
+
+
+def test_a_job_whose_worker_dies_twice_is_failed_not_retried_for_ever(fresh: Server) -> None:
+    fresh.wait_ready()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(fresh.post, LONG)
+        for _ in range(2):
+            wait_busy(fresh)
+            os.kill(fresh.worker_pids()[0], signal.SIGKILL)
+            fresh_restarts = time.monotonic() + 30
+            while fresh.client.get("/health/ready").status_code == 200 and time.monotonic() < fresh_restarts:
+                time.sleep(0.02)
+        assert job.result().status_code == 503
+    assert job.result().json()["$error"]["code"] == "WORKER_DIED"
+    assert fresh.post(GOOD).status_code == 200
+
+
+def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(fresh: Server) -> None:
+    fresh.wait_ready()
+    pids = fresh.worker_pids()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        running_job = pool.submit(fresh.post, {**LONG, "num_inference_steps": 100})
+        wait_busy(fresh)
+        waiting_job = pool.submit(fresh.post, GOOD)
+        while fresh.client.get("/health/ready").json()["queue"] != 1:
+            time.sleep(0.01)
+        fresh.process.send_signal(signal.SIGTERM)
+        assert waiting_job.result().json()["$error"]["code"] == "NOT_READY"
+        assert running_job.result().status_code == 200
+    assert fresh.process.wait(10) == 0
+    for pid in pids:
+        wait_gone(pid)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_kill_9_leaves_no_worker_behind(fresh: Server, busy: bool) -> None:
+    fresh.wait_ready()
+    (pid,) = fresh.worker_pids()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        if busy:
+            pool.submit(fresh.post, LONG)
+            wait_busy(fresh)
+        fresh.process.kill()
+        wait_gone(pid)
+
+
+def test_a_worker_that_cannot_start_is_given_up_and_said(models_dir: Path, tmp_path: Path) -> None:
+    server = Server({"MODELS_DIR": str(models_dir), "DEVICES": "cuda:9"}, tmp_path / "server.log")
+    try:
+        server.wait_live()
+        deadline = time.monotonic() + 120
+        while server.client.get("/health/ready").json()["state"] != "DEFUNCT":
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert server.client.get("/health/live").status_code == 200
+        assert server.client.get("/healthcheck").status_code == 503
+        assert server.post(GOOD).json()["$error"]["code"] == "NOT_READY"
+        assert "cuda:9" in server.log.read_text()
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [({"PORT": "eighty"}, "PORT"), ({"MODEL_ID": "no/such"}, "not installed"), ({"MODEL_ID": "../x"}, "model id")],
+)
+def test_a_configuration_that_cannot_work_ends_with_a_sentence(environ: dict[str, str], said: str) -> None:
+    import sys
+
+    from tests.running import ROOT
+
+    out = subprocess.run(
+        [sys.executable, "-m", "api", "serve"],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode == 2
+    assert said in out.stderr
+    assert "Traceback" not in out.stderr

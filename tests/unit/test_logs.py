@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+import logging
+
+from api.logs import Redactor, _Formatter
+
+
+def record(message: str, **extra: object) -> logging.LogRecord:
+    made = logging.LogRecord("api.x", logging.INFO, "f", 1, message, (), None)
+    made.__dict__.update(extra)
+    return made
+
+
+def test_secrets_never_appear() -> None:
+    redact = Redactor(
+        {
+            "HF_TOKEN": "hf_abcdefgh",
+            "API_KEYS": "first-key-1,second-key-2",
+            "AWS_SECRET_ACCESS_KEY": "zzzzzzzz",
+            "PATH": "/usr/bin",
+        }
+    )
+    text = redact(
+        "hf_abcdefgh first-key-1 second-key-2 zzzzzzzz /usr/bin Bearer qwe.rty "
+        "https://me:pass@host/x?X-Amz-Signature=abc&b=1"
+    )
+    for secret in ("hf_abcdefgh", "first-key-1", "second-key-2", "zzzzzzzz", "me:pass", "abc&", "qwe.rty"):
+        assert secret not in text
+    assert "/usr/bin" in text
+    assert "b=1" in text
+
+
+def test_json_lines_carry_the_request_id_and_stay_one_line() -> None:
+    line = _Formatter(True, Redactor({})).format(record("two\nlines", request_id="abc"))
+    assert "\n" not in line
+    fields = json.loads(line)
+    assert (fields["message"], fields["request_id"], fields["level"]) == ("two\nlines", "abc", "info")
+
+
+def test_text_lines_carry_the_request_id() -> None:
+    assert _Formatter(False, Redactor({})).format(record("hello", request_id="abc")).endswith("hello [abc]")
