@@ -25,7 +25,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE / "tests" / "fixtures"
-OUTPUT = HERE / "tests" / "output"
 POLL = 0.5
 
 Json = dict[str, Any]
@@ -154,17 +153,17 @@ def describe_image(data: bytes) -> str:
     return f"[image, {len(data) / 1024:.1f}KiB bytes]"
 
 
-def save_images(name: str, answer: Json) -> Json:
+def save_images(name: str, answer: Json, folder: Path) -> Json:
     """Save the images of an answer; returns the answer with the images described instead."""
     shown = dict(answer)
     single = answer.get("image_base64")
     images = [single] if single else answer.get("images_base64", [])
     suffix = {"JPEG": "jpg", "WEBP": "webp"}.get(answer.get("$meta", {}).get("image_format"), "png")
     described = []
-    OUTPUT.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         data = base64.b64decode(image)
-        path = OUTPUT / (f"{name}.{suffix}" if single else f"{name}_{index}.{suffix}")
+        path = folder / (f"{name}.{suffix}" if single else f"{name}_{index}.{suffix}")
         path.write_bytes(data)
         print(f"Saved {path}")
         described.append(describe_image(data))
@@ -211,7 +210,7 @@ def run(name: str, args: argparse.Namespace) -> bool:
         print(f"FAILED: {name}\n{json.dumps(answer, indent=4)}\n")
         return False
     print(f"Request took {took:.1f}s ({seconds(answer.get('$timings', {}))})")
-    print(json.dumps(save_images(name, answer), indent=4), end="\n\n")
+    print(json.dumps(save_images(name, answer, args.output), indent=4), end="\n\n")
     return True
 
 
@@ -231,6 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TESTS)}, or all")
     parser.add_argument("--url", default=os.environ.get("TEST_URL", "http://localhost:8000/"))
+    parser.add_argument("--output", type=Path, default=HERE / "tests" / "output", help="where to save the pictures")
     parser.add_argument("--runpod", action="store_true", help="send to a RunPod endpoint instead")
     parser.add_argument("--call-arg", type=pair, action="append", default=[], metavar="K=V", help="set a callInput")
     parser.add_argument("--model-arg", type=pair, action="append", default=[], metavar="K=V", help="set a modelInput")

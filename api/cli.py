@@ -54,7 +54,11 @@ def serve(settings: Settings) -> int:
 
     @app.after_server_start
     async def announce(app: Sanic) -> None:
-        app.add_task(_say_when_ready(app, settings, began))
+        app.ctx.announcement = asyncio.create_task(_say_when_ready(app, settings, began))
+
+    @app.before_server_stop
+    async def hush(app: Sanic) -> None:
+        app.ctx.announcement.cancel()
 
     app.run(host=settings.host, port=settings.port, single_process=True, motd=False, access_log=False)
     return 0

@@ -26,7 +26,6 @@ CODES: dict[str, tuple[int, str]] = {
     "NOT_ACCEPTABLE": (406, "The `Accept` header asks for something the answer cannot be."),
     "BODY_TOO_LARGE": (413, "The body is larger than MAX_BODY."),
     "IMAGE_TOO_LARGE": (413, "An image has more pixels or bytes than allowed."),
-    "URI_TOO_LONG": (414, "The request line is too long."),
     "INVALID_SCHEDULER": (422, "The scheduler exists but is not compatible with this model."),
     "PIPELINE_NOT_SUPPORTED": (422, "The pipeline exists but cannot be built from this model."),
     "NOT_SUPPORTED": (422, "A known option that this version does not offer."),

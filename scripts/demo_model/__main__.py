@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def _scheduler() -> DPMSolverMultistepScheduler:
     """The model's own scheduler, with the settings that other scheduler classes take over from it.
 
-    Our latents lie within [-1, 1], so a sampler may clip its prediction there ("static
-    thresholding", Saharia et al. 2022): high guidance then cannot drive it astray.
+    Neither clipping nor thresholding of the predicted latent: DDIM and UniPC lose the picture with
+    it (1 and 19 of 20 right with, 19 and 19 without; at guidance 7.5, 0 and 15 against 20 and 18).
     """
     return DPMSolverMultistepScheduler.from_config(
         {
@@ -33,8 +33,6 @@ def _scheduler() -> DPMSolverMultistepScheduler:
             "skip_prk_steps": True,
             "set_alpha_to_one": False,
             "clip_sample": False,
-            "thresholding": True,
-            "sample_max_value": 1.0,
         }
     )
 
@@ -85,6 +83,8 @@ def make(args: argparse.Namespace) -> None:
     shutil.rmtree(part, ignore_errors=True)
     pipe.save_pretrained(part)
     tokens.make_tokenizer(part / "tokenizer")
+    for file in part.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors saves for the owner alone
     shutil.rmtree(args.out, ignore_errors=True)
     part.rename(args.out)
     shutil.copyfile(run.folder / "log.jsonl", ROOT / "docs" / "demo-model-log.jsonl")

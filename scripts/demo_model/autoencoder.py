@@ -57,8 +57,8 @@ def train(run: Run) -> AutoencoderKL:
     """Train the VAE, or take up where a stopped run left it.
 
     L1 + MSE on the picture. Noise on the latent stands in for the posterior's (Kingma & Welling
-    2013) with a fixed width; a hinge keeps latents within [-1, 1], so that a sampler may clip its
-    prediction there, which is what keeps high guidance scales from drifting.
+    2013) with a fixed width, and a hinge keeps latents within [-1, 1], so that they cannot grow to
+    drown the noise.
     """
     torch.manual_seed(run.seed)
     vae = build().to(DEVICE)

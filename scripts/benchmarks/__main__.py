@@ -1,0 +1,44 @@
+"""``scripts/bench [NAME…] [--json FILE]``: one line a benchmark, ours against a named baseline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.benchmarks import encode, overhead, startup
+from scripts.benchmarks.measure import Figure
+
+BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
+    "overhead": overhead.run,
+    "encode": encode.run,
+    "startup": startup.run,
+}
+
+
+def main() -> int:
+    """Run what the command line names, or everything."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all without a name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}", file=sys.stderr)
+    figures = []
+    for name in args.names or BENCHMARKS:
+        for figure in BENCHMARKS[name]():
+            print(figure.line(), flush=True)
+            figures.append(figure)
+    if args.json:
+        args.json.write_text(json.dumps([figure.as_json() for figure in figures], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The documents say what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from api.errors import CODES
+from api.http.app import build_app
+from api.service.options import KNOWN
+from api.service.service import Service
+from api.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_errors_are_documented() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.+) \|$", (ROOT / "docs" / "errors.md").read_text(), re.M)
+    assert {code: (int(status), meaning) for code, status, meaning in rows} == CODES
+
+
+def test_every_error_code_is_raised_somewhere() -> None:
+    sources = "\n".join(p.read_text() for p in (ROOT / "api").rglob("*.py") if p.name != "errors.py")
+    sources += (ROOT / "api" / "http" / "errors.py").read_text()
+    assert [code for code in CODES if f'"{code}"' not in sources] == []
+
+
+def test_the_readme_lists_every_call_input() -> None:
+    table = (ROOT / "README.md").read_text().split("`callInputs`:")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.M)) == set(KNOWN)
+
+
+def test_the_readme_lists_every_route() -> None:
+    app = build_app(Service(Settings.from_env({})), "docs-test")
+    routes = {"/" + route.path for route in app.router.routes} - {"/"}
+    assert routes == set(re.findall(r"`GET (/[\w/]+)`", (ROOT / "README.md").read_text().split("## Other routes")[1]))
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
