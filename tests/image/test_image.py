@@ -118,6 +118,17 @@ def test_the_image_is_small_unprivileged_and_holds_no_secret(image: str) -> None
     assert found.split() == ["LICENSE", "api", "models", "1000", "0"]
 
 
+def server_pid(port: int) -> int:
+    """The process that the image's start command became, told from others by its PORT."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environ = (folder / "environ").read_bytes().split(b"\0")
+            if words[1:4] == [b"-m", b"api", b"serve"] and f"PORT={port}".encode() in environ:
+                return int(folder.name)
+    raise AssertionError("the server's process is not there")
+
+
 def test_it_starts_draws_and_stops_at_sigterm(image: str) -> None:
     port = free_port()
     with started(image, port) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
@@ -133,11 +144,9 @@ def test_it_starts_draws_and_stops_at_sigterm(image: str) -> None:
         answer = client.post("/", json={"modelInputs": inputs}).json()
         drawn: np.ndarray = images_of(answer)[0]
         assert check(drawn, Scene("one", (Thing("red", "circle"),), "blue")).right
-        server = subprocess.run(["pgrep", "-f", "^python -m api serve"], capture_output=True, text=True, check=True)
-        for pid in map(int, server.stdout.split()):
-            if str(port) in Path(f"/proc/{pid}/environ").read_text():
-                assert Path(f"/proc/{pid}").stat().st_uid == 1000
-                os.kill(pid, signal.SIGTERM)
+        pid = server_pid(port)
+        assert Path(f"/proc/{pid}").stat().st_uid == 1000
+        os.kill(pid, signal.SIGTERM)
         assert process.wait(30) == 0
 
 

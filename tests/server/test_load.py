@@ -143,3 +143,21 @@ def test_legacy_status_is_200_and_debug_shows_the_stack(small: Server) -> None:
     assert response.status_code == 200
     assert "Traceback" in response.json()["$error"]["stack"]
     assert small.client.get("/nowhere").status_code == 404
+
+
+def test_two_workers_share_the_queue_and_keep_their_models(models_dir: Path, tmp_path: Path) -> None:
+    """With two devices two jobs run at once, and a job goes where its model is in memory."""
+    environ = {"MODELS_DIR": str(models_dir), "DEVICES": "cpu,cpu", "MODEL_ID": "tiny/a", "OMP_NUM_THREADS": "1"}
+    with running(environ, tmp_path / "server.log") as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        wait_until(lambda: all(w["ready"] for w in status(server)["workers"]), 60)
+        long = {"prompt": "a cat", "num_inference_steps": 300, "seed": 1}
+        jobs = [pool.submit(server.post, long) for _ in range(2)]
+        wait_until(lambda: all(w["busy"] for w in status(server)["workers"]))
+        a, b = (images_of(job.result().json())[0] for job in jobs)
+        assert np.array_equal(a, b)
+        # the model that one worker has loaded is not loaded by the other while that one is free
+        loads = [
+            "loadModel" in server.post({**long, "num_inference_steps": 1}, {"MODEL_ID": "tiny/b"}).json()["$timings"]
+            for _ in range(4)
+        ]
+        assert loads == [True, False, False, False]
