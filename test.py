@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
+import http.client
 import json
 import os
 import sys
@@ -118,13 +120,20 @@ def send(url: str, body: Json, headers: dict[str, str] | None = None) -> tuple[i
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
     try:
         with urllib.request.urlopen(request, timeout=900) as response:
-            return response.status, json.load(response)
+            return response.status, parse(response.read())
     except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        try:
-            return error.code, json.loads(text)
-        except ValueError:
-            return error.code, {"$error": {"code": "HTTP", "message": text[:500]}}
+        return error.code, parse(error.read())
+    except http.client.HTTPException as fault:
+        raise OSError(f"the answer broke off ({fault})") from fault
+
+
+def parse(data: bytes) -> Json:
+    """An answer as an object; what is none becomes an error that shows it."""
+    with contextlib.suppress(ValueError):
+        answer = json.loads(data)
+        if isinstance(answer, dict):
+            return answer
+    return {"$error": {"code": "NOT_JSON", "message": data[:500].decode(errors="replace")}}
 
 
 def send_runpod(body: Json) -> tuple[int, Json]:

@@ -42,6 +42,19 @@ CODES: dict[str, tuple[int, str]] = {
 }
 
 
+_LONGEST = 200
+
+
+def _shown(value: Any) -> Any:
+    """What a client asked for, short, and in a form that JSON can hold."""
+    if value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) < 2**63):
+        return value
+    if isinstance(value, list) and len(str(value)) <= _LONGEST and all(_shown(item) is item for item in value):
+        return value
+    text = str(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
 class ApiError(Exception):
     """An error that is told to the client.
 
@@ -83,7 +96,7 @@ class ApiError(Exception):
             "code": self.code,
             "message": self.message,
             "field": self.field,
-            "requested": self.requested,
+            "requested": _shown(self.requested),
             "available": self.available,
         }
         return {key: value for key, value in parts.items() if value is not None}

@@ -139,14 +139,17 @@ class Engine:
             **{name: to_pil(picture) for name, picture in request.pictures.items()},
             "generator": make_generators(request.seed),
             "callback_on_step_end": after_step,
-            "output_type": "pt",
+            # cropping around a mask pastes the result back with Pillow
+            "output_type": "pil" if request.inputs.get("padding_mask_crop") is not None else "pt",
         }
         with torch.no_grad(), attention(pipe, request.attention) as used:
             try:
                 out = pipe(**arguments)
             except (Cancelled, torch.OutOfMemoryError):
                 raise
-            except (ValueError, TypeError, NotImplementedError) as fault:
+            except Exception as fault:
+                if not _is_of_inputs(fault, request.inputs):
+                    raise
                 message = f"diffusers refused the inputs: {fault}"
                 raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
             images = to_uint8(out.images)
@@ -174,7 +177,7 @@ class Engine:
 def make_generators(seed: int | list[int]) -> torch.Generator | list[torch.Generator]:
     """One generator for an integer seed, one per image for a list.
 
-    On the CPU, so that a seed means the same picture on every machine.
+    On the CPU, so that a seed means the same noise on every machine.
     """
     if isinstance(seed, list):
         return [torch.Generator().manual_seed(s) for s in seed]
@@ -186,13 +189,29 @@ def to_pil(picture: Picture) -> PIL.Image.Image:
     return PIL.Image.frombytes(picture.mode, (picture.width, picture.height), picture.pixels)
 
 
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Float (N, 3, H, W) in [0, 1] to uint8 (N, H, W, 3), rounded where the tensor is.
+def to_uint8(images: torch.Tensor | list[PIL.Image.Image]) -> np.ndarray:
+    """What a pipeline gave to uint8 (N, H, W, 3).
 
-    The same values as diffusers' own ``numpy_to_pil``, without its detour over float32 arrays.
+    Args:
+        images: float (N, 3, H, W) in [0, 1], rounded where the tensor is: the same values as
+            diffusers' own ``numpy_to_pil`` without its detour over float32 arrays. Or pictures.
     """
+    if isinstance(images, list):
+        return np.stack([np.asarray(image.convert("RGB")) for image in images])
     scaled = images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+_RARE = frozenset({"timesteps", "sigmas", "cross_attention_kwargs", "clip_skip", "padding_mask_crop"})
+"""Inputs that reach deep into a pipeline, where a wrong value fails in any way at all."""
+
+
+def _is_of_inputs(fault: Exception, inputs: dict[str, Any]) -> bool:
+    """Whether the client's inputs are to blame: diffusers says so, or they hold something rare."""
+    if isinstance(fault, ValueError | TypeError | NotImplementedError):
+        return True
+    deep = isinstance(fault, LookupError | AttributeError | RuntimeError)
+    return deep and any(inputs.get(name) is not None for name in _RARE)
 
 
 def _ms(began: float) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
+from transformers import CLIPTextModel
 
 from api.engine.device import Device
 from api.errors import ApiError
@@ -39,6 +40,15 @@ def _module_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
 
 
+def _keep_text_model(part: nn.Module) -> None:
+    """Give a CLIP text encoder the ``text_model`` that diffusers still reads for ``clip_skip`` and LoRA scales.
+
+    transformers 5 moved its parts up a level. Set past ``nn.Module``, which would register a loop.
+    """
+    if isinstance(part, CLIPTextModel) and not hasattr(part, "text_model"):
+        object.__setattr__(part, "text_model", part)
+
+
 def load(ref: ModelRef, device: Device) -> LoadedModel:
     """Load a model from its folder. Safetensors only; nothing is unpickled or downloaded.
 
@@ -65,4 +75,5 @@ def load(ref: ModelRef, device: Device) -> LoadedModel:
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
+            _keep_text_model(part)
     return LoadedModel(ref, dtype, pipe)

@@ -39,9 +39,11 @@ def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
 def error_response(error: ApiError, request: Request) -> HTTPResponse:
     """An error as HTTP."""
     legacy = request.path == "/" and request.app.ctx.service.settings.legacy_status
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+    if error.code == "METHOD_NOT_ALLOWED":
+        headers["Allow"] = ", ".join(error.available or [])
     return HTTPResponse(
-        orjson.dumps(error_body(error, getattr(request.ctx, "id", ""))),
+        orjson.dumps(error_body(error, getattr(request.ctx, "id", "")), default=str),
         status=200 if legacy else error.status,
         headers=headers,
         content_type="application/json",
@@ -81,7 +83,7 @@ class Handler(ErrorHandler):
         if request is None:
             return HTTPResponse(status=400)
         error = to_api_error(exception, request)
-        if error.code == "INTERNAL_ERROR" and not isinstance(exception, asyncio.CancelledError):
+        if not isinstance(exception, ApiError | asyncio.CancelledError) and error.code == "INTERNAL_ERROR":
             log.error("unexpected", exc_info=exception, extra={"request_id": getattr(request.ctx, "id", None)})
             error.__cause__ = exception
         return error_response(error, request)

@@ -12,10 +12,10 @@ _ABLE = frozenset({"READY", "BUSY"})
 
 def register(app: Sanic) -> None:
     """Add the routes."""
-    app.add_route(healthcheck, "/healthcheck", methods=["GET"])
-    app.add_route(live, "/health/live", methods=["GET"])
-    app.add_route(ready, "/health/ready", methods=["GET"])
-    app.add_route(ping, "/ping", methods=["GET"])
+    app.add_route(healthcheck, "/healthcheck", methods=["GET", "HEAD"])
+    app.add_route(live, "/health/live", methods=["GET", "HEAD"])
+    app.add_route(ready, "/health/ready", methods=["GET", "HEAD"])
+    app.add_route(ping, "/ping", methods=["GET", "HEAD"])
 
 
 def _dispatcher(request: Request) -> Dispatcher:
@@ -26,7 +26,9 @@ def _dispatcher(request: Request) -> Dispatcher:
 async def healthcheck(request: Request) -> HTTPResponse:
     """The old system's health check."""
     dispatcher = _dispatcher(request)
-    gpu = any(worker.device.startswith("cuda") for worker in dispatcher.workers)
+    gpu = any(
+        (worker.info.device if worker.info else worker.device).startswith("cuda") for worker in dispatcher.workers
+    )
     sick = dispatcher.state == "DEFUNCT"
     return json({"state": "unhealthy" if sick else "healthy", "gpu": gpu}, status=503 if sick else 200)
 

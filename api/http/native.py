@@ -35,18 +35,18 @@ async def generate(request: Request) -> HTTPResponse | None:
     service = request.app.ctx.service
     service.dispatcher.check_room()
     model_inputs, call_inputs = parse_body(request.body)
-    wanted = _wanted_type(request)
-    if wanted != "application/json":
-        call_inputs = {**call_inputs, "image_format": IMAGE_TYPES[wanted]}
-    admitted, options = await service.admit(model_inputs, call_inputs)
+    wanted = wanted_type(request.headers.get("accept"))
+    if wanted in IMAGE_TYPES:
+        call_inputs = _with_format(call_inputs, wanted)
+    admitted, options = await service.admit(request.ctx.id, model_inputs, call_inputs)
     if options.get("streamEvents"):
         await _stream(request, admitted, options)
         return None
-    if wanted != "application/json" and admitted.images > 1:
+    if wanted in IMAGE_TYPES and admitted.images > 1:
         message = f"{admitted.images} images do not fit in one {wanted}; accept application/json."
         raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
-    result = await service.generate(admitted)
-    if wanted != "application/json":
+    result = await service.finish(service.submit(admitted))
+    if wanted in IMAGE_TYPES:
         return _bytes_response(result, wanted)
     return HTTPResponse(orjson.dumps(result_body(result)), content_type="application/json")
 
@@ -82,16 +82,49 @@ def parse_body(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return halves[0], halves[1]
 
 
-def _wanted_type(request: Request) -> str:
-    accept = request.headers.get("accept")
-    if not accept:
-        return "application/json"
-    match = request.accept.match("application/json", *IMAGE_TYPES, "application/x-ndjson")
-    if not match:
-        available = ["application/json", *IMAGE_TYPES]
-        raise ApiError("NOT_ACCEPTABLE", "The answer is JSON or an image.", requested=accept[:200], available=available)
-    chosen = str(match.mime)
-    return chosen if chosen in IMAGE_TYPES else "application/json"
+def wanted_type(accept: str | None) -> str:
+    """Which of the types that we can answer in a client likes best (RFC 9110, 12.5.1); JSON if it has no wish.
+
+    Raises:
+        ApiError: NOT_ACCEPTABLE when it likes none.
+    """
+    offers = ("application/json", *IMAGE_TYPES, "application/x-ndjson")
+    best, best_quality = "", 0.0
+    for offer in offers:
+        quality = _quality(offer, accept or "*/*")
+        if quality > best_quality:
+            best, best_quality = offer, quality
+    if not best:
+        raise ApiError("NOT_ACCEPTABLE", "The answer is JSON or an image.", requested=accept, available=list(offers))
+    return best
+
+
+def _quality(offer: str, accept: str) -> float:
+    """The quality of the most specific range of an ``Accept`` header that an offer falls in."""
+    found = (-1, 0.0)
+    for item in accept.lower().split(","):
+        media_range, *parameters = (part.strip() for part in item.split(";"))
+        specificity = {offer: 2, offer.split("/", maxsplit=1)[0] + "/*": 1, "*/*": 0}.get(media_range, -1)
+        if specificity > found[0]:
+            found = (specificity, _q_value(parameters))
+    return found[1]
+
+
+def _q_value(parameters: list[str]) -> float:
+    for parameter in parameters:
+        if parameter.startswith("q="):
+            with contextlib.suppress(ValueError):
+                return float(parameter[2:])
+    return 1.0
+
+
+def _with_format(call_inputs: dict[str, Any], wanted: str) -> dict[str, Any]:
+    """The image format that ``Accept`` asks for; an ``image_format`` that says otherwise is a mistake."""
+    named = call_inputs.get("image_format")
+    if named and (not isinstance(named, str) or named.upper().replace("JPG", "JPEG") != IMAGE_TYPES[wanted]):
+        message = f"The Accept header asks for {wanted}; leave image_format out, or let it say the same."
+        raise ApiError("INVALID_INPUTS", message, field="callInputs.image_format", requested=named)
+    return {**call_inputs, "image_format": IMAGE_TYPES[wanted]}
 
 
 def result_body(result: GenerationResult) -> dict[str, Any]:
@@ -159,8 +192,7 @@ class _Events:
 async def _stream(request: Request, admitted: GenerationRequest, options: dict[str, Any]) -> None:
     events = _Events(options.get("startRequestId"), options.get("callback_steps"))
     service = request.app.ctx.service
-    service.dispatcher.check_room()
-    job = asyncio.create_task(service.generate(admitted, events))
+    job = asyncio.create_task(service.finish(service.submit(admitted, events)))
     job.add_done_callback(lambda _: events.queue.put_nowait(None))
     try:
         response = await request.respond(content_type="application/x-ndjson")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from api.errors import ApiError
-from api.models.names import check_model_id, folder_name, model_id_of
+from api.models.names import check_model_id, folder_name, is_model_id, model_id_of
 from api.settings import BUNDLED_MODELS, Settings
 
 BUNDLED_ORG = "demo"
@@ -29,6 +28,7 @@ class InstalledModel(msgspec.Struct, frozen=True):
         components: names of the parts that are there.
         scheduler: class name of the model's own scheduler.
         size_multiple: widths and heights must be divisible by this.
+        text_layers: hidden layers of its (first) text encoder, 0 without one.
         default_size: side length in pixels it makes when none is asked for, where known.
         bytes: size of its weights on disk.
     """
@@ -40,6 +40,7 @@ class InstalledModel(msgspec.Struct, frozen=True):
     components: frozenset[str]
     scheduler: str
     size_multiple: int
+    text_layers: int
     default_size: int | None
     bytes: int
 
@@ -62,8 +63,11 @@ class Library:
             ApiError: INVALID_INPUTS for an unsafe name, MODEL_NOT_FOUND, MODEL_BROKEN.
         """
         check_model_id(model_id, field)
-        for candidate, folder in self._folders():
-            if candidate == model_id:
+        org, _, name = model_id.rpartition("/")
+        for folder in ([BUNDLED_MODELS / name] if org == BUNDLED_ORG else []) + [
+            self._models_dir / folder_name(model_id)
+        ]:
+            if _is_model(folder):
                 return self._inspect(model_id, folder)
         raise ApiError(
             "MODEL_NOT_FOUND",
@@ -75,7 +79,9 @@ class Library:
 
     def names(self) -> list[str]:
         """Every model that can be asked for."""
-        return sorted(dict(self._folders()))
+        bundled = [f"{BUNDLED_ORG}/{folder.name}" for folder in _folders(BUNDLED_MODELS)]
+        installed = [model_id_of(folder.name) for folder in _folders(self._models_dir)]
+        return sorted({name for name in bundled + installed if is_model_id(name)})
 
     def all(self) -> list[InstalledModel]:
         """Every model that can be read; broken ones are left out."""
@@ -87,21 +93,14 @@ class Library:
                 continue
         return found
 
-    def _folders(self) -> Iterator[tuple[str, Path]]:
-        for root, org in ((BUNDLED_MODELS, BUNDLED_ORG + "/"), (self._models_dir, "")):
-            if root.is_dir():
-                for folder in sorted(root.iterdir()):
-                    if (folder / "model_index.json").is_file() and not folder.name.startswith("."):
-                        yield (org + folder.name if org else model_id_of(folder.name)), folder
-
     def _inspect(self, model_id: str, folder: Path) -> InstalledModel:
-        changed = max(p.stat().st_mtime_ns for p in (folder, folder / "model_index.json"))
-        cached = self._read.get(folder)
-        if cached and cached[0] == changed:
-            return cached[1]
         try:
+            changed = max(p.stat().st_mtime_ns for p in (folder, folder / "model_index.json"))
+            cached = self._read.get(folder)
+            if cached and cached[0] == changed:
+                return cached[1]
             model = _read_folder(model_id, folder)
-        except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError) as fault:
+        except (OSError, msgspec.DecodeError, LookupError, TypeError, ValueError) as fault:
             raise ApiError(
                 "MODEL_BROKEN",
                 f'The folder of "{model_id}" is not a complete diffusers model ({type(fault).__name__}: {fault}).',
@@ -110,6 +109,21 @@ class Library:
             ) from fault
         self._read[folder] = (changed, model)
         return model
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is one of a model; one that may not be looked into is none."""
+    try:
+        return (folder / "model_index.json").is_file()
+    except OSError:
+        return False
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [folder for folder in root.iterdir() if not folder.name.startswith(".") and _is_model(folder)]
+    except OSError:
+        return []
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
@@ -122,9 +136,11 @@ def _read_folder(model_id: str, folder: Path) -> InstalledModel:
     components = {
         name: value
         for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value[0] is not None
+        if not name.startswith("_") and isinstance(value, list) and value != [None, None]
     }
     for name, (_, class_name) in components.items():
+        if not isinstance(class_name, str):
+            raise TypeError(f"{name} names no class")
         if not (folder / name).is_dir():
             raise ValueError(f"{name} ({class_name}) is missing")
     vae = _config(folder, "vae/config.json")
@@ -141,6 +157,7 @@ def _read_folder(model_id: str, folder: Path) -> InstalledModel:
         scheduler=components["scheduler"][1],
         # a transformer works on 2x2 patches of latents; a UNet pipeline asks for multiples of 8
         size_multiple=factor * 2 if "transformer" in components else max(8, factor),
+        text_layers=int(_config(folder, "text_encoder/config.json").get("num_hidden_layers", 0)),
         default_size=sample * factor if isinstance(sample, int) else None,
         bytes=sum(p.stat().st_size for p in files if p.suffix in (".safetensors", ".bin")),
     )

@@ -10,6 +10,13 @@ _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _MODEL_ID = re.compile(rf"{_PART}(?:/{_PART})?")
 
 
+def is_model_id(model_id: str) -> bool:
+    """Whether a name is safe: see ``check_model_id``."""
+    return (
+        len(model_id) <= 200 and bool(_MODEL_ID.fullmatch(model_id)) and ".." not in model_id and "--" not in model_id
+    )
+
+
 def check_model_id(model_id: str, field: str) -> str:
     """Return the id if its name is safe.
 
@@ -19,12 +26,12 @@ def check_model_id(model_id: str, field: str) -> str:
     Raises:
         ApiError: INVALID_INPUTS.
     """
-    if len(model_id) > 200 or not _MODEL_ID.fullmatch(model_id) or ".." in model_id or "--" in model_id:
+    if not is_model_id(model_id):
         raise ApiError(
             "INVALID_INPUTS",
             'A model id looks like "org/name": letters, digits, ".", "_" and "-".',
             field=field,
-            requested=model_id[:200],
+            requested=model_id,
         )
     return model_id
 

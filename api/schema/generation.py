@@ -43,6 +43,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
 
     Attributes:
         id: unique to this job.
+        request_id: what the client and the log know the request by.
         model: which weights.
         pipeline: a diffusers pipeline class name.
         scheduler: a diffusers scheduler class name.
@@ -58,6 +59,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     """
 
     id: str
+    request_id: str
     model: ModelRef
     pipeline: str
     scheduler: str

@@ -69,6 +69,12 @@ class Progress(msgspec.Struct, tag=True):
     total: int
 
 
+class Computed(msgspec.Struct, tag=True):
+    """The device is done with a request; its images are being encoded, the next one may come."""
+
+    id: str
+
+
 class Done(msgspec.Struct, tag=True):
     """A request is finished."""
 
@@ -87,8 +93,8 @@ class Failed(msgspec.Struct, tag=True):
 
 
 ToWorker = Load | Generate | Cancel
-FromWorker = Ready | Loaded | Phase | Progress | Done | Failed
-AboutJob = Phase | Progress | Done | Failed
+FromWorker = Ready | Loaded | Phase | Progress | Computed | Done | Failed
+AboutJob = Phase | Progress | Computed | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker = msgspec.msgpack.Decoder(ToWorker)

@@ -29,11 +29,13 @@ class Admission:
     Args:
         settings: defaults and limits.
         library: the models there are.
+        has_gpu: a CPU computes in fp32 whatever is asked for, so other precisions mean the same there.
     """
 
-    def __init__(self, settings: Settings, library: Library) -> None:
+    def __init__(self, settings: Settings, library: Library, has_gpu: bool) -> None:
         self._settings = settings
         self._library = library
+        self._has_gpu = has_gpu
 
     def default_refs(self) -> list[ModelRef]:
         """The models to have in memory before the first request."""
@@ -41,11 +43,12 @@ class Admission:
         return [self._ref(self._library.find(name, "MODEL_ID"), {}) for name in dict.fromkeys(names)]
 
     async def admit(
-        self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
+        self, request_id: str, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
     ) -> tuple[GenerationRequest, dict[str, Any]]:
         """Validate one request.
 
         Args:
+            request_id: what the client and the log know it by.
             model_inputs: the wire's ``modelInputs``.
             call_inputs: the wire's ``callInputs``.
 
@@ -56,14 +59,14 @@ class Admission:
             ApiError: the first thing that is wrong.
         """
         options = check_options(call_inputs)
-        model = self._model(options)
+        model = await asyncio.to_thread(self._model, options)
         requested, pipeline = self._pipeline(options, model_inputs, model)
         scheduler = self._scheduler(options, model)
         image_format, quality = _image_format(options)
         accepted = catalogue().pipelines[pipeline]
         sent = checks.rename_aliases(model_inputs, accepted)
         given = checks.check_inputs(sent, accepted, pipeline)
-        given = _with_defaults(given, accepted, model)
+        given = {**{name: spec.default for name, spec in accepted.items() if spec.default is not None}, **given}
         checks.check_values(given, accepted, model, self._settings)
         images = checks.count_images(given, self._settings)
         seed = checks.check_seed(sent.get("seed"), images, secrets.randbelow(_MAX_DRAWN_SEED))
@@ -71,6 +74,8 @@ class Admission:
         if callback_steps is not None and (not isinstance(callback_steps, int) or callback_steps < 1):
             raise ApiError("INVALID_INPUTS", "Must be a whole number, at least 1.", field="modelInputs.callback_steps")
         pictures = await self._pictures(given, accepted, bool(options.get("is_url")), model_inputs)
+        _fill_size(given, accepted, model, pictures.get("image"))
+        checks.check_size(given, model, self._settings)
         plain = {name: value for name, value in given.items() if name not in checks.IMAGES}
         ref = self._ref(model, options)
         repeat = {**plain, "seed": seed, **{name: f"sha256:{picture.sha256}" for name, picture in pictures.items()}}
@@ -83,12 +88,15 @@ class Admission:
             "pipeline": pipeline,
             "modelInputs": repeat,
             "image_format": image_format,
+            "image_quality": quality,
+            "safety_checker": options.get("safety_checker", True),
         }
         if "startRequestId" in options:
             meta["startRequestId"] = options["startRequestId"]
         wants_xformers = options.get("xformers_memory_efficient_attention", self._settings.attention == "xformers")
         request = GenerationRequest(
             id=secrets.token_hex(8),
+            request_id=request_id,
             model=ref,
             pipeline=pipeline,
             scheduler=scheduler,
@@ -136,7 +144,7 @@ class Admission:
                 requested=named,
                 available=list(PRECISIONS),
             )
-        precision = named or self._settings.model_precision or "fp32"
+        precision = (named or self._settings.model_precision or "fp32") if self._has_gpu else "fp32"
         return ModelRef(model.model_id, model.revision, precision, str(model.folder))
 
     def _pipeline(
@@ -223,11 +231,16 @@ def _image_format(options: dict[str, Any]) -> tuple[str, int]:
     return name, quality
 
 
-def _with_defaults(given: dict[str, Any], accepted: dict[str, Input], model: InstalledModel) -> dict[str, Any]:
-    """Every default filled in, so that ``$meta`` says all and limits see what will really run."""
-    out = {name: spec.default for name, spec in accepted.items() if spec.default is not None}
-    out.update(given)
-    for name in ("width", "height"):
-        if name in accepted and out.get(name) is None and model.default_size:
-            out[name] = model.default_size
-    return out
+def _fill_size(
+    given: dict[str, Any], accepted: dict[str, Input], model: InstalledModel, picture: Picture | None
+) -> None:
+    """Width and height where none were sent: the picture's, else the model's own.
+
+    Diffusers would squash a picture into the model's own size.
+    """
+    multiple = model.size_multiple
+    for name, side in (("width", picture and picture.width), ("height", picture and picture.height)):
+        if name in accepted and given.get(name) is None:
+            fitting = max(multiple, side // multiple * multiple) if side else model.default_size
+            if fitting:
+                given[name] = fitting

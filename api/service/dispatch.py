@@ -10,7 +10,7 @@ from collections import deque
 
 from api.errors import ApiError
 from api.schema.generation import ModelRef
-from api.schema.messages import AboutJob, Cancel, Done, Failed, Generate, Load
+from api.schema.messages import AboutJob, Cancel, Computed, Done, Failed, Load
 from api.service.jobs import Job
 from api.service.workers import Worker
 from api.settings import Settings
@@ -119,7 +119,7 @@ class Dispatcher:
             worker = next((w for w in free if key in w.models), free[0])
             self._queue.remove(job)
             job.start()
-            worker.send(Generate(job.request))
+            worker.run(job.id, job.framed)
 
     def _finish(self, job: Job, error: ApiError) -> None:
         job.fail(error)
@@ -129,34 +129,45 @@ class Dispatcher:
 
     def _on_message(self, worker: Worker, message: AboutJob) -> None:
         job = self._jobs.get(message.id)
+        if isinstance(message, Computed):
+            worker.running = None
+            worker.encoding.add(message.id)
+            self._feed()
+            return
         if not isinstance(message, Done | Failed):
             if job:
                 job.report(message)
             return
-        worker.running = None
+        worker.encoding.discard(message.id)
+        if worker.running == message.id:
+            worker.running = None
         if job:
             self._seconds += 0.2 * (time.monotonic() - (job.started or job.created) - self._seconds)
             del self._jobs[job.id]
             if isinstance(message, Done):
                 job.complete(message.result)
             else:
-                log.warning("job failed: %s %s", message.code, message.message, extra={"request_id": job.id})
-                if message.stack:
-                    log.debug("%s", message.stack, extra={"request_id": job.id})
+                about = {"request_id": job.request.request_id}
+                log.warning("job failed: %s %s", message.code, message.message, extra=about)
+                log.debug("%s", message.stack, extra=about)
                 job.fail(ApiError(message.code, message.message, **message.error))
         self._feed()
 
     def _on_state(self, worker: Worker) -> None:
-        if not worker.ready and worker.running:
-            job = self._jobs.get(worker.running)
-            worker.running = None
-            if job and job.tries < MAX_TRIES and not worker.defunct:
-                log.warning("its worker died; the job is tried once more", extra={"request_id": job.id})
-                job.requeue()
-                self._queue.appendleft(job)
-            elif job:
-                self._finish(job, ApiError("WORKER_DIED", "The worker died twice while it ran this request."))
-        if all(w.defunct for w in self.workers):
+        if not worker.ready:
+            held = worker.encoding | ({worker.running} if worker.running else set())
+            worker.running, worker.encoding = None, set()
+            for job in [self._jobs[job_id] for job_id in held if job_id in self._jobs]:
+                self._try_again(job)
+        if self.state == "DEFUNCT":
             for job in list(self._jobs.values()):
                 self._finish(job, ApiError("NOT_READY", "The workers do not start; the server's log says why."))
         self._feed()
+
+    def _try_again(self, job: Job) -> None:
+        if job.tries < MAX_TRIES:
+            log.warning("its worker died; the job is tried once more", extra={"request_id": job.request.request_id})
+            job.requeue()
+            self._queue.appendleft(job)
+        else:
+            self._finish(job, ApiError("WORKER_DIED", "The worker died twice while it ran this request."))

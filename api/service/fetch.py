@@ -22,6 +22,11 @@ MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
+# special purposes that `ipaddress` does not know of: site-local (RFC 3879), 6to4 relays (RFC 7526),
+# documentation (RFC 9637)
+_ALSO_SPECIAL = [ipaddress.ip_network(net) for net in ("fec0::/10", "192.88.99.0/24", "3fff::/20")]
+
+
 class NotAllowed(Exception):
     """An address that must not be connected to."""
 
@@ -35,7 +40,7 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in net for net in _ALSO_SPECIAL))
 
 
 class _Guard(httpcore.AsyncNetworkBackend):
@@ -93,7 +98,7 @@ async def fetch(url: str, field: str, *, timeout: float, max_bytes: int, allow_p
         raise _unreachable(url, field, f"it took longer than {timeout:g} seconds") from None
     except NotAllowed:
         message = "The address leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that."
-        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=url[:200]) from None
+        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=url) from None
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as fault:
         raise _unreachable(url, field, str(fault) or type(fault).__name__) from fault
 
@@ -106,7 +111,10 @@ async def _follow(pool: httpcore.AsyncConnectionPool, url: str, field: str, time
         async with pool.stream("GET", url, headers=headers, extensions=timeouts) as response:
             location = _header(response.headers, b"location")
             if response.status in _REDIRECTS and location:
-                url = urljoin(url, location)
+                try:
+                    url = urljoin(url, location)
+                except ValueError:
+                    raise _unreachable(url, field, "it redirects to what is no URL") from None
                 continue
             if response.status != 200:
                 raise _unreachable(url, field, f"it answered {response.status}")
@@ -128,7 +136,7 @@ def _check_scheme(url: str, field: str) -> None:
         valid = False
     if not valid:
         message = "Must be an http or https URL, in ASCII."
-        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=url[:200])
+        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=url)
 
 
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
@@ -137,4 +145,4 @@ def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
 
 def _unreachable(url: str, field: str, why: str) -> ApiError:
     host = urlsplit(url).netloc.rpartition("@")[2]
-    return ApiError("SOURCE_UNREACHABLE", f"{host} could not be fetched: {why}.", field=field, requested=url[:200])
+    return ApiError("SOURCE_UNREACHABLE", f"{host} could not be fetched: {why}.", field=field, requested=url)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
+
+import orjson
 
 from api.errors import ApiError
 from api.models.library import InstalledModel
@@ -17,8 +18,9 @@ IMAGES = frozenset({"image", "mask_image"})
 OURS = frozenset({"seed", "callback_steps"})
 """Inputs that the server itself uses."""
 _MAX_SEED = 2**64 - 1
+_MAX_WHOLE = 2**63
+_MAX_DEPTH = 8
 _MAX_PROMPT = 20_000
-_SHOWN = 80
 
 _DESCRIBED = {
     "string": "a string",
@@ -41,16 +43,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_images_per_prompt": (1, math.inf),
     "width": (1, math.inf),
     "height": (1, math.inf),
-    "clip_skip": (0, 100),
     "padding_mask_crop": (0, 10_000),
 }
 
 
 def _invalid(name: str, message: str, value: Any = None) -> ApiError:
-    shown = (
-        value if not isinstance(value, str | list | dict) or len(str(value)) <= _SHOWN else str(value)[:_SHOWN] + "…"
-    )
-    return ApiError("INVALID_INPUTS", message, field=f"modelInputs.{name}", requested=shown)
+    return ApiError("INVALID_INPUTS", message, field=f"modelInputs.{name}", requested=value)
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -60,15 +58,21 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, bool)
     if kind == "integer":
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return whole and not isinstance(value, bool)
+        return whole and not isinstance(value, bool) and -_MAX_WHOLE <= value <= _MAX_SEED
     if kind == "number":
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind == "object":
-        return isinstance(value, dict)
+        return isinstance(value, dict) and _is_shallow(value, _MAX_DEPTH)
     if kind == "image":
         return isinstance(value, str)
     single = {"strings": "string", "integers": "integer", "numbers": "number", "images": "image"}[kind]
     return isinstance(value, list) and bool(value) and all(_fits(item, single) for item in value)
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    """Whether an object is nested no deeper than anything of use; encoders give up on deep ones."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
 
 
 def _coerce(value: Any, types: tuple[str, ...]) -> Any:
@@ -112,7 +116,7 @@ def check_inputs(model_inputs: dict[str, Any], accepted: dict[str, Input], pipel
     """
     out: dict[str, Any] = {}
     for name, value in model_inputs.items():
-        if name in OURS:
+        if name in OURS or (value is None and name in (*IMAGES, *ALIASES)):
             continue
         if name not in accepted:
             names = [*accepted, *OURS]
@@ -132,8 +136,8 @@ def check_inputs(model_inputs: dict[str, Any], accepted: dict[str, Input], pipel
 def _cross_attention(value: Any) -> Any:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError:
             value = None
     if not isinstance(value, dict):
         raise ApiError(
@@ -154,9 +158,10 @@ def check_values(inputs: dict[str, Any], accepted: dict[str, Input], model: Inst
         ApiError: INVALID_INPUTS, MISSING_INPUT or LIMIT_EXCEEDED, with the field.
     """
     _check_ranges(inputs, accepted)
+    _check_clip_skip(inputs, model)
     _check_prompts(inputs, accepted)
     _check_steps(inputs, accepted, settings)
-    _check_size(inputs, model, settings)
+    check_size(inputs, model, settings)
 
 
 def _check_ranges(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
@@ -165,6 +170,15 @@ def _check_ranges(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
         if value is not None and name in accepted and not low <= value <= high:
             wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise _invalid(name, f"Must be {wanted}.", value)
+
+
+def _check_clip_skip(inputs: dict[str, Any], model: InstalledModel) -> None:
+    skip = inputs.get("clip_skip")
+    most = max(0, model.text_layers - 1)
+    if skip is not None and not 0 <= skip <= most:
+        raise _invalid(
+            "clip_skip", f"Must be between 0 and {most}: the text encoder has {model.text_layers} layers.", skip
+        )
 
 
 def _check_prompts(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
@@ -183,8 +197,10 @@ def _check_prompts(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
 
 
 def _check_steps(inputs: dict[str, Any], accepted: dict[str, Input], settings: Settings) -> None:
-    lengths = [len(inputs.get(name) or ()) for name in ("timesteps", "sigmas")]
-    steps = max(inputs.get("num_inference_steps") or 0, *lengths)
+    custom = [len(inputs[name]) for name in ("timesteps", "sigmas") if inputs.get(name)]
+    steps = max(custom) if custom else inputs.get("num_inference_steps") or 0
+    if custom and "num_inference_steps" in inputs:
+        inputs["num_inference_steps"] = steps  # what really runs, for the limit and for $meta
     if steps > settings.max_steps:
         raise _limit("num_inference_steps", steps, "MAX_STEPS", settings.max_steps)
     strength = inputs.get("strength")
@@ -192,7 +208,12 @@ def _check_steps(inputs: dict[str, Any], accepted: dict[str, Input], settings: S
         raise _invalid("strength", f"Times num_inference_steps ({steps}) it must be at least 1.", strength)
 
 
-def _check_size(inputs: dict[str, Any], model: InstalledModel, settings: Settings) -> None:
+def check_size(inputs: dict[str, Any], model: InstalledModel, settings: Settings) -> None:
+    """Check width and height against the model and the limits.
+
+    Raises:
+        ApiError: INVALID_INPUTS or LIMIT_EXCEEDED, with the field.
+    """
     for name in ("width", "height"):
         value = inputs.get(name)
         if value is not None and value % model.size_multiple:

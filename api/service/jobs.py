@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult
-from api.schema.messages import Phase, Progress
+from api.schema.messages import Generate, Phase, Progress, frame
 
 
 class JobState(StrEnum):
@@ -26,16 +26,32 @@ class JobState(StrEnum):
 TERMINAL = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.TIMED_OUT})
 
 
+def _frame(request: GenerationRequest) -> bytes:
+    """Encode now, while a fault still belongs to the one request that has it."""
+    try:
+        return frame(Generate(request))
+    except (ValueError, TypeError, OverflowError, RecursionError) as fault:
+        message = f"A value cannot be passed on: {fault}."
+        raise ApiError("INVALID_INPUTS", message, field="modelInputs") from fault
+
+
 class Job:
     """One request on its way through the service.
 
     Args:
         request: what is to be done.
         on_event: called with what the worker reports on the way.
+
+    Attributes:
+        framed: the message that gives it to a worker.
+
+    Raises:
+        ApiError: INVALID_INPUTS when an input cannot be handed to a worker.
     """
 
     def __init__(self, request: GenerationRequest, on_event: Callable[[Phase | Progress], None] | None = None) -> None:
         self.request = request
+        self.framed = _frame(request)
         self.state = JobState.IN_QUEUE
         self.tries = 0
         self.created = time.monotonic()

@@ -23,6 +23,7 @@ FLAGS = {
     "xformers_memory_efficient_attention": "use xformers where installed",
 }
 WHOLE = {"image_quality": "1-100, for JPEG and WEBP"}
+_LONGEST = 200
 KNOWN = (*TEXT, *FLAGS, *WHOLE)
 
 LATER = {
@@ -64,8 +65,9 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
             value = "fp32"
         if value is None or value == "":
             continue
-        if name in TEXT and not isinstance(value, str):
-            raise ApiError("INVALID_INPUTS", f"Must be a string: {TEXT[name]}.", field=field, requested=value)
+        if name in TEXT and (not isinstance(value, str) or len(value) > _LONGEST):
+            message = f"Must be a string of at most {_LONGEST} characters: {TEXT[name]}."
+            raise ApiError("INVALID_INPUTS", message, field=field, requested=value)
         if name in FLAGS:
             if not isinstance(value, bool) and value not in (0, 1):
                 raise ApiError("INVALID_INPUTS", f"Must be true or false: {FLAGS[name]}.", field=field, requested=value)

@@ -16,6 +16,7 @@ from api.service.fetch import fetch
 from api.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -90,11 +91,25 @@ def _flatten(image: Image, mode: str) -> Image:
     """RGB or L without transparency: what is transparent becomes white, as browsers show it."""
     from PIL import Image as images
 
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = images.fromarray(_eight_bits(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = images.new("RGBA", image.size, "white")
         image = images.alpha_composite(white, image)
     return image.convert(mode)
+
+
+def _eight_bits(image: Image) -> np.ndarray:
+    """A grey picture of more than eight bits, scaled down; Pillow's own conversion clips it to white.
+
+    Whole numbers count to 65535. Floats have no agreed range and are refused.
+    """
+    import numpy as np
+
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; send 8 or 16 bits")
+    return (np.clip(np.asarray(image).astype(np.int64), 0, 65535) * 255 // 65535).astype(np.uint8)
 
 
 async def read_picture(value: str, field: str, mode: str, is_url: bool, settings: Settings) -> Picture:

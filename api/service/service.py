@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from api.service.jobs import Job
 from api.settings import Settings
 
 log = logging.getLogger("api.service")
+
+_THREADS = 32
 
 
 def devices(settings: Settings) -> tuple[str, ...]:
@@ -50,11 +53,14 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.library = Library(settings)
-        self._admission = Admission(settings, self.library)
-        self.dispatcher = Dispatcher(settings, devices(settings), self._admission.default_refs())
+        names = devices(settings)
+        self._admission = Admission(settings, self.library, has_gpu=any(name.startswith("cuda") for name in names))
+        self.dispatcher = Dispatcher(settings, names, self._admission.default_refs())
 
     def start(self) -> None:
         """Start the workers; returns at once."""
+        # name look-ups and image decoding share these threads: slow ones must not starve the rest
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "service"))
         self.dispatcher.start()
 
     async def stop(self) -> None:
@@ -62,25 +68,31 @@ class Service:
         await self.dispatcher.stop()
 
     async def admit(
-        self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
+        self, request_id: str, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
     ) -> tuple[GenerationRequest, dict[str, Any]]:
         """Validate a request without running it; see ``Admission.admit``."""
-        return await self._admission.admit(model_inputs, call_inputs)
+        return await self._admission.admit(request_id, model_inputs, call_inputs)
 
-    async def generate(
-        self, request: GenerationRequest, on_event: Callable[[Phase | Progress], None] | None = None
-    ) -> GenerationResult:
-        """Run a request and wait for it. If the caller is cancelled, so is the job.
+    def submit(self, request: GenerationRequest, on_event: Callable[[Phase | Progress], None] | None = None) -> Job:
+        """Put a request in line; ``finish`` waits for it.
 
         Args:
             request: from ``admit``.
             on_event: called with phases and steps as they happen.
 
         Raises:
-            ApiError: the queue is full, or the job failed, was cancelled or timed out.
+            ApiError: the queue is full, or the server cannot run jobs.
         """
         job = Job(request, on_event)
         self.dispatcher.submit(job)
+        return job
+
+    async def finish(self, job: Job) -> GenerationResult:
+        """Wait for a job. If the caller is cancelled, so is the job.
+
+        Raises:
+            ApiError: the job failed, was cancelled or timed out.
+        """
         try:
             async with asyncio.timeout(self.settings.request_timeout):
                 return await job.result()
@@ -89,6 +101,6 @@ class Service:
             self.dispatcher.cancel(job, error)
             raise error from None
         except asyncio.CancelledError:
-            log.info("the client went away; its job is cancelled", extra={"request_id": request.id})
+            log.info("the client went away; its job is cancelled", extra={"request_id": job.request.request_id})
             self.dispatcher.cancel(job, ApiError("CANCELLED", "The client went away."))
             raise

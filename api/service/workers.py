@@ -14,18 +14,16 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 
 from api.schema.messages import (
     HEADER,
     AboutJob,
+    Cancel,
     FromWorker,
-    Generate,
     Load,
     Loaded,
     Ready,
-    ToWorker,
     frame,
     parse_from_worker,
 )
@@ -34,9 +32,10 @@ log = logging.getLogger("api.workers")
 
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
 """A worker reads models from disk and nowhere else."""
-_QUICK_DEATH = 10.0
-"""A worker that dies this soon (seconds) after its start counts as failing to start."""
-_MAX_QUICK_DEATHS = 5
+_MAX_FAILED_STARTS = 5
+"""After so many deaths in a row before it was ready, a worker is DEFUNCT until a start succeeds."""
+_LONGEST_PAUSE = 30.0
+"""Seconds between two starts, at most."""
 
 
 class Worker:
@@ -47,6 +46,11 @@ class Worker:
         warm: messages to send to every incarnation when it is ready.
         on_message: called with every message about a job.
         on_state: called when the worker becomes ready or dies; ``worker.ready`` says which.
+
+    Attributes:
+        running: id of the job that the device works on.
+        encoding: ids of jobs whose images are being encoded, beside the device's work.
+        defunct: it does not start; tried again now and then.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class Worker:
         self.restarts = 0
         self.defunct = False
         self.running: str | None = None
-        self.model: str | None = None
+        self.encoding: set[str] = set()
         self._warm = warm
         self._on_message = on_message
         self._on_state = on_state
@@ -71,6 +75,7 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
+        self._was_ready = False
 
     @property
     def pid(self) -> int | None:
@@ -97,28 +102,56 @@ class Worker:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watch
 
-    def send(self, message: ToWorker) -> None:
+    def send(self, message: Load | Cancel) -> None:
         """Send a message to the living incarnation."""
+        self._write(frame(message))
+
+    def run(self, job_id: str, framed: bytes) -> None:
+        """Give the device a job.
+
+        Args:
+            job_id: its id.
+            framed: its ``Generate`` message, encoded when it was admitted, where a fault is the client's.
+        """
+        self.running = job_id
+        self._write(framed)
+
+    def _write(self, data: bytes) -> None:
         assert self._writer is not None
-        if isinstance(message, Generate):
-            self.running, self.model = message.request.id, message.request.model.key
-        self._writer.write(frame(message))
+        self._writer.write(data)
 
     async def _keep_alive(self) -> None:
-        quick_deaths = 0
+        """Start the process again whenever it ends. Nothing but ``stop`` ends this."""
+        failed_starts = 0
         while not self._stopping:
-            began = time.monotonic()
-            await self._run_once()
+            self._was_ready = False
+            try:
+                await self._run_once()
+            except Exception:  # no descriptors, no memory, a message that cannot be read: try again
+                log.exception("worker %s cannot be run", self.device)
+                await self._kill()
+                self._ended()
             if self._stopping:
                 return
-            quick_deaths = quick_deaths + 1 if time.monotonic() - began < _QUICK_DEATH else 0
-            if quick_deaths >= _MAX_QUICK_DEATHS:
-                log.error("worker %s died %d times right after its start: giving up", self.device, quick_deaths)
+            failed_starts = 0 if self._was_ready else failed_starts + 1
+            if failed_starts == _MAX_FAILED_STARTS:
+                log.error("worker %s does not start; it is tried again every %g s", self.device, _LONGEST_PAUSE)
                 self.defunct = True
                 self._on_state(self)
-                return
             self.restarts += 1
-            await asyncio.sleep(min(0.1 * 2**quick_deaths, 5) if quick_deaths else 0)
+            await asyncio.sleep(min(0.1 * 2**failed_starts, _LONGEST_PAUSE) if failed_starts else 0)
+
+    async def _kill(self) -> None:
+        if self._process and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    def _ended(self) -> None:
+        """The process is gone, and with it everything that is known of it."""
+        self.ready, self.models, self.info = False, {}, None
+        if self._writer:
+            self._writer.close()
+        self._on_state(self)
 
     async def _run_once(self) -> None:
         ours, theirs = socket.socketpair()
@@ -133,22 +166,17 @@ class Worker:
                 env={**os.environ, **_ENVIRONMENT},
                 stdin=asyncio.subprocess.DEVNULL,
             )
-        self._process = process
+        self._process, self._writer = process, None
         reader, self._writer = await asyncio.open_connection(sock=ours)
         for message in self._warm:
             self.send(message)
-        try:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             await self._read(reader)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            self.ready, self.models, self.info = False, {}, None
-            self._writer.close()
         code = await process.wait()
         if not self._stopping:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             log.error("worker %s (pid %d) ended: %s", self.device, process.pid, how)
-            self._on_state(self)
+            self._ended()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while True:
@@ -157,7 +185,7 @@ class Worker:
 
     def _receive(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
-            self.info, self.ready = message, True
+            self.info, self.ready, self._was_ready, self.defunct = message, True, True, False
             log.info("worker %s is ready (%s)", message.device, message.device_name)
             self._on_state(self)
         elif isinstance(message, Loaded):

@@ -93,7 +93,9 @@ def started(image: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.kill()
+        with contextlib.suppress(AssertionError, ProcessLookupError):
+            os.kill(server_pid(port), signal.SIGKILL)  # killing buildah would leave it running
+        process.wait(10)
         sh("buildah", "rm", container)
 
 

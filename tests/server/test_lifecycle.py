@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -43,8 +44,10 @@ def wait_gone(pid: int, seconds: float = 5) -> None:
 
 
 def wait_busy(server: Server) -> None:
+    deadline = time.monotonic() + 60
     while not any(w["busy"] for w in server.client.get("/health/ready").json()["workers"]):
-        time.sleep(0.01)
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_it_answers_before_it_can_work_and_says_so(fresh: Server) -> None:
@@ -139,9 +142,56 @@ def test_a_worker_that_cannot_start_is_given_up_and_said(models_dir: Path, tmp_p
         server.stop()
 
 
+def test_a_port_in_use_is_said_in_a_sentence(fresh: Server) -> None:
+    import sys
+
+    from tests.running import ROOT
+
+    fresh.wait_live()
+    command = [sys.executable, "-m", "api", "serve", "--port", str(fresh.port), "--host", "127.0.0.1"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert out.returncode == 2
+    assert str(fresh.port) in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def test_port_0_tells_which_port_it_took(models_dir: Path) -> None:
+    import sys
+
+    from tests.running import ROOT
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "api", "serve", "--port", "0", "--host", "127.0.0.1"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        url = process.stdout.readline().split()[2]
+        assert httpx.get(url + "health/live").status_code == 200
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_deaths_after_a_good_start_never_add_up_to_defunct(fresh: Server) -> None:
+    fresh.wait_ready()
+    for death in range(1, 4):
+        os.kill(fresh.worker_pids()[0], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while not (now := fresh.client.get("/health/ready").json()["workers"][0])["ready"] or now["restarts"] < death:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert fresh.post(GOOD).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("environ", "said"),
-    [({"PORT": "eighty"}, "PORT"), ({"MODEL_ID": "no/such"}, "not installed"), ({"MODEL_ID": "../x"}, "model id")],
+    [
+        ({"PORT": "eighty"}, "PORT"),
+        ({"HOST": "no.such.host.invalid"}, "no.such.host"),
+        ({"MODEL_ID": "no/such"}, "not installed"),
+        ({"MODEL_ID": "../x"}, "model id"),
+    ],
 )
 def test_a_configuration_that_cannot_work_ends_with_a_sentence(environ: dict[str, str], said: str) -> None:
     import sys

@@ -131,6 +131,19 @@ def test_a_full_queue_is_said_at_once(small: Server) -> None:
     assert small.post({"prompt": "a", "num_inference_steps": 1}).status_code == 200
 
 
+def test_a_full_queue_is_a_429_for_streams_too(small: Server) -> None:
+    wait_until(lambda: idle(small))
+
+    def stream(_: int) -> int:
+        body = {"modelInputs": {"prompt": "a", "num_inference_steps": 100}, "callInputs": {"streamEvents": True}}
+        answer = httpx.post(small.url, json=body, timeout=30).text
+        return "QUEUE_FULL" in answer and answer.count("\n") == 0
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        refused = sum(pool.map(stream, range(12)))
+    assert refused >= 12 - 3 - 1  # all but those that ran or waited; a refusal is a whole answer, no stream
+
+
 def test_a_request_that_takes_too_long_times_out(small: Server) -> None:
     wait_until(lambda: idle(small))
     steps = {**LONG, "num_images_per_prompt": 16}

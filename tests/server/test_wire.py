@@ -213,3 +213,44 @@ def test_secrets_and_pictures_stay_out_of_the_log(server: Server) -> None:
     log = server.log.read_text()
     assert "s3cr3t-value" not in log
     assert PICTURE[:60] not in log
+
+
+def test_everything_of_the_signature_that_is_listed_works(server: Server) -> None:
+    """Inputs that reach into the text encoder and the crop around a mask."""
+    base = {"prompt": "a red circle on blue", "num_inference_steps": 2, "seed": 3}
+    plain = images_of(server.post(base).json())[0]
+    assert np.array_equal(images_of(server.post({**base, "cross_attention_kwargs": {"scale": 0.5}}).json())[0], plain)
+    skipped = images_of(server.post({**base, "clip_skip": 1}).json())[0]
+    assert not np.array_equal(skipped, plain)
+    assert server.post({**base, "timesteps": [900, 600, 300]}, {"SCHEDULER": "DDPMScheduler"}).status_code == 200
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 20:40] = 255
+    cropped = {**base, "image": PICTURE, "mask_image": as_base64(mask), "padding_mask_crop": 4}
+    assert images_of(server.post(cropped).json())[0].shape == (64, 64, 3)
+
+
+def test_a_jpeg_of_low_quality_can_be_made_again_from_meta(server: Server) -> None:
+    options = {"image_format": "JPEG", "image_quality": 30}
+    first = server.post({"prompt": "a red circle", "num_inference_steps": 2}, options).json()
+    meta = first["$meta"]
+    again = server.post(
+        meta["modelInputs"], {k: meta[k] for k in ("image_format", "image_quality", "safety_checker")}
+    ).json()
+    assert again["image_base64"] == first["image_base64"]
+
+
+def test_accept_and_image_format_that_disagree(server: Server) -> None:
+    response = server.post({"prompt": "a"}, {"image_format": "JPEG"}, headers={"Accept": "image/png"})
+    assert (response.status_code, response.json()["$error"]["field"]) == (400, "callInputs.image_format")
+
+
+def test_head_and_allow(server: Server) -> None:
+    assert server.client.head("/health/live").status_code == 200
+    assert "POST" in server.client.put("/").headers["allow"]
+
+
+def test_the_request_id_leads_to_the_workers_log(server: Server) -> None:
+    inputs = {"prompt": "a", "num_inference_steps": 1, "cross_attention_kwargs": {"gligen": 5}}
+    server.post(inputs, headers={"X-Request-Id": "find-me-7"})
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if "find-me-7" in line]
+    assert {"api.http", "api.dispatch"} <= {line["logger"] for line in lines}

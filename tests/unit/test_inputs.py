@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from PIL import Image
 from api.errors import CODES, ApiError
 from api.models.library import Library
 from api.schema.catalogue import catalogue
+from api.schema.messages import Generate, frame
 from api.service.admission import Admission
 from api.service.options import KNOWN, LATER
 from api.service.pictures import decode, from_base64
@@ -23,11 +25,11 @@ from api.settings import Settings
 from tests.running import as_base64
 
 SETTINGS = Settings.from_env({"MODELS_DIR": "/nonexistent"})
-ADMISSION = Admission(SETTINGS, Library(SETTINGS))
+ADMISSION = Admission(SETTINGS, Library(SETTINGS), has_gpu=True)
 
 
 def admit(model_inputs: dict[str, Any], call_inputs: dict[str, Any] | None = None) -> Any:
-    return asyncio.run(ADMISSION.admit(model_inputs, call_inputs or {}))[0]
+    return asyncio.run(ADMISSION.admit("test", model_inputs, call_inputs or {}))[0]
 
 
 def test_defaults_are_filled_in() -> None:
@@ -44,7 +46,26 @@ def test_two_requests_without_a_seed_differ() -> None:
     assert admit({"prompt": "x"}).seed != admit({"prompt": "x"}).seed
 
 
+def test_inpainting_keeps_the_size_of_the_picture() -> None:
+    picture = as_base64(np.zeros((75, 130, 3), np.uint8))
+    request = admit({"prompt": "x", "image": picture, "mask_image": picture})
+    assert (request.inputs["width"], request.inputs["height"]) == (128, 72)
+
+
+def test_custom_timesteps_count_as_steps() -> None:
+    assert admit({"prompt": "x", "timesteps": [900, 500, 100]}).meta["modelInputs"]["num_inference_steps"] == 3
+
+
+def test_a_cpu_has_one_precision() -> None:
+    on_cpu = Admission(SETTINGS, Library(SETTINGS), has_gpu=False)
+    refs = {
+        asyncio.run(on_cpu.admit("t", {"prompt": "x"}, {"MODEL_PRECISION": p}))[0].model for p in ("", "fp16", "bf16")
+    }
+    assert len(refs) == 1
+
+
 def test_null_means_not_sent() -> None:
+    assert admit({"prompt": "x", "image": None, "mask_image": None}).pipeline == "StableDiffusionPipeline"
     assert admit({"prompt": "x", "width": None, "negative_prompt": None}, {"PIPELINE": None}).inputs["width"] == 64
 
 
@@ -80,7 +101,9 @@ def test_one_negative_prompt_for_many_prompts_is_meant_for_each() -> None:
 def test_a_default_scheduler_that_does_not_fit_gives_way(models_dir: Path) -> None:
     config = Settings.from_env({"MODELS_DIR": str(models_dir), "SCHEDULER": "FlowMatchEulerDiscreteScheduler"})
     request, _ = asyncio.run(
-        Admission(config, Library(config)).admit({"prompt": "x", "width": 64, "height": 64}, {"MODEL_ID": "tiny/a"})
+        Admission(config, Library(config), has_gpu=False).admit(
+            "test", {"prompt": "x", "width": 64, "height": 64}, {"MODEL_ID": "tiny/a"}
+        )
     )
     assert request.scheduler == "DDIMScheduler"
 
@@ -138,6 +161,15 @@ def test_pictures_of_every_mode_become_rgb(mode: str) -> None:
     assert (picture.mode, picture.width, len(picture.pixels)) == ("RGB", 16, 16 * 16 * 3)
 
 
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(image_format: str) -> None:
+    out = io.BytesIO()
+    grey = np.array([[0, 257, 300, 32768, 65535] * 2] * 10, np.uint16)
+    Image.fromarray(grey).save(out, image_format)
+    picture = decode(out.getvalue(), "f", "L", 1000)
+    assert list(picture.pixels[:5]) == [0, 1, 1, 127, 255]
+
+
 def test_what_is_transparent_becomes_white() -> None:
     out = io.BytesIO()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(out, "PNG")
@@ -164,7 +196,29 @@ json_values = st.recursive(
 input_names = st.sampled_from([*catalogue().pipelines["StableDiffusionInpaintPipeline"], "seed", "callback_steps"])
 option_names = st.sampled_from([*KNOWN, *LATER])
 likely = st.sampled_from(
-    [0, 1, -1, 8, 63, 64, 10**9, 2**64, 0.5, 7.5, "", "a", "fp16", "PNG", "DDIMScheduler", ["a", "b"]]
+    [
+        0,
+        1,
+        1e300,
+        -1e30,
+        2**80,
+        '{"a": 1}',
+        {"a": [[[[[[[[[1]]]]]]]]]},
+        -1,
+        8,
+        63,
+        64,
+        10**9,
+        2**64,
+        0.5,
+        7.5,
+        "",
+        "a",
+        "fp16",
+        "PNG",
+        "DDIMScheduler",
+        ["a", "b"],
+    ]
 )
 
 
@@ -180,7 +234,9 @@ def test_any_request_is_admitted_or_told_what_is_wrong(
     call_inputs.pop("is_url", None)
     try:
         request = admit(model_inputs, call_inputs)
+        frame(Generate(request))  # what is admitted can be handed to a worker
     except ApiError as error:
+        orjson.dumps(error.body(), default=str)
         assert 400 <= CODES[error.code][0] < 500
         assert error.message
         assert error.field or error.code in ("QUEUE_FULL",)

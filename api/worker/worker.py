@@ -1,0 +1,107 @@
+"""Runs requests one after the other on one engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+from api.engine.encode import encode
+from api.engine.generate import Cancelled, Engine, Generated
+from api.engine.parameters import parameters
+from api.errors import ApiError
+from api.schema.generation import GenerationRequest, GenerationResult
+from api.schema.messages import Computed, Done, Failed, Load, Loaded, Phase, Progress
+from api.worker.link import Link
+
+log = logging.getLogger("api.worker")
+_ENCODERS = 4
+
+
+class Worker:
+    """Takes messages, runs the engine, has images encoded beside it.
+
+    Args:
+        link: where requests come from.
+        engine: what runs them.
+        init_ms: how long the start took; told once.
+    """
+
+    def __init__(self, link: Link, engine: Engine, init_ms: int) -> None:
+        self._link = link
+        self._engine = engine
+        self._init_ms: int | None = init_ms
+        self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
+
+    def serve(self) -> None:
+        """Take messages until the process ends."""
+        while True:
+            message = self._link.inbox.get()
+            if isinstance(message, Load):
+                self.warm(message)
+            else:
+                self._generate(message.request)
+
+    def warm(self, message: Load) -> None:
+        """Load a model ahead of any request; a fault is logged, and told again to who asks for it."""
+        try:
+            self._engine.load(message.model)
+        except ApiError as error:
+            log.error("%s: %s", error.code, error.message)
+        self._link.send(Loaded(self._engine.cache.sizes()))
+
+    def _generate(self, request: GenerationRequest) -> None:
+        link, job = self._link, request.id
+        try:
+            if link.is_cancelled(job):
+                raise Cancelled
+            generated = self._engine.generate(
+                request,
+                on_step=lambda step, total: link.send(Progress(job, step, total)),
+                on_phase=lambda kind, status: link.send(Phase(job, kind, status)),
+                cancelled=lambda: link.is_cancelled(job),
+            )
+        except Cancelled:
+            link.send(Failed(job, "CANCELLED", "The job was cancelled.", {}, ""))
+        except ApiError as error:
+            details = {"field": error.field, "requested": error.requested, "available": error.available}
+            link.send(Failed(job, error.code, error.message, details, traceback.format_exc()))
+        except Exception as fault:  # the worker lives on; the client learns that it is not to blame
+            log.exception("a job failed", extra={"request_id": request.request_id})
+            message = f"The pipeline failed ({type(fault).__name__}); the server's log says more."
+            link.send(Failed(job, "INTERNAL_ERROR", message, {}, traceback.format_exc()))
+        else:
+            if "loadModel" in generated.timings:
+                link.send(Loaded(self._engine.cache.sizes()))
+            self._hand_over(request, generated)
+        finally:
+            link.forget(job)
+
+    def _hand_over(self, request: GenerationRequest, generated: Generated) -> None:
+        """Give the images to the encoders, and say that the device is free for the next job."""
+        began = time.perf_counter()
+        init, self._init_ms = self._init_ms, None
+        timings = ({} if init is None else {"init": init}) | generated.timings
+        meta = {**request.meta, **generated.meta}
+        usage = self._engine.device.mem_usage()
+        count = len(generated.images)
+        images = [
+            self._encoders.submit(
+                encode, image, request.image_format, request.image_quality, parameters(meta, index, count)
+            )
+            for index, image in enumerate(generated.images)
+        ]
+        self._link.send(Computed(request.id))
+
+        def finish() -> None:
+            try:
+                encoded = [image.result() for image in images]  # submitted earlier, so never behind this
+                timings["encode"] = round((time.perf_counter() - began) * 1000)
+                self._link.send(Done(request.id, GenerationResult(encoded, meta, timings, usage, generated.nsfw)))
+            except Exception:
+                log.exception("an image could not be encoded", extra={"request_id": request.request_id})
+                message = "The image could not be encoded; the server's log says more."
+                self._link.send(Failed(request.id, "INTERNAL_ERROR", message, {}, traceback.format_exc()))
+
+        self._encoders.submit(finish)

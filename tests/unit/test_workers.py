@@ -1,0 +1,84 @@
+"""The handle of a worker process, with stand-ins for the process."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from api.service import workers
+from api.service.workers import Worker
+
+
+class Watched:
+    """A worker and what it reported."""
+
+    def __init__(self) -> None:
+        self.states: list[bool] = []
+        self.worker = Worker("cpu", [], lambda worker, message: None, lambda worker: self.states.append(worker.ready))
+
+
+async def until(condition: Any, seconds: float = 10) -> None:
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_a_start_that_fails_in_this_process_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptors, no memory: the watch goes on, and the worker comes back."""
+    real, faults = asyncio.create_subprocess_exec, [OSError(24, "Too many open files"), ValueError("odd"), None]
+
+    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        if fault := faults.pop(0) if faults else None:
+            raise fault
+        return await real("sleep", "60", **{k: v for k, v in kwargs.items() if k != "env"})
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    watched = Watched()
+    watched.worker.start()
+    await until(lambda: watched.worker.pid)
+    assert watched.worker.restarts == 2
+    await watched.worker.stop()
+
+
+async def test_a_message_that_cannot_be_read_ends_the_process_not_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import socket,sys,time; socket.socket(fileno=int(sys.argv[1])).sendall(b'\\0\\0\\0\\1x'); time.sleep(60)"
+    real = asyncio.create_subprocess_exec
+    started = []
+
+    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        started.append(await real(args[0], "-c", code, args[3], **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    watched = Watched()
+    watched.worker.start()
+    await until(lambda: len(started) >= 2)
+    assert started[0].returncode is not None
+    await watched.worker.stop()
+
+
+async def test_it_is_defunct_while_it_does_not_start_and_no_longer_when_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from api.schema.messages import Ready, frame
+
+    monkeypatch.setattr(workers, "_LONGEST_PAUSE", 0.05)
+    ready = frame(Ready("cpu", "a CPU", {}, 1))
+    good = f"import socket,sys,time; socket.socket(fileno=int(sys.argv[1])).sendall({ready!r}); time.sleep(60)"
+    real, count = asyncio.create_subprocess_exec, 0
+
+    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        nonlocal count
+        count += 1
+        return await real(args[0], "-c", good if count > 7 else "raise SystemExit(3)", args[3], **kwargs)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    watched = Watched()
+    watched.worker.start()
+    await until(lambda: watched.worker.defunct)
+    await until(lambda: watched.worker.ready)
+    assert not watched.worker.defunct
+    await watched.worker.stop()
