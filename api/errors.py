@@ -34,10 +34,14 @@ CODES: dict[str, tuple[int, str]] = {
     "QUEUE_FULL": (429, "Too many requests are waiting; try again after `Retry-After` seconds."),
     "CANCELLED": (499, "The client went away, or the job was cancelled."),
     "INTERNAL_ERROR": (500, "A fault of the server; the log has the request id."),
-    "SOURCE_UNREACHABLE": (502, "An image URL could not be fetched."),
+    "SOURCE_UNREACHABLE": (502, "An image or a model could not be fetched from where it lies."),
     "NOT_READY": (503, "No worker can run jobs at the moment."),
     "WORKER_DIED": (503, "The worker died while it ran this job, twice."),
     "TIMED_OUT": (504, "The request took longer than REQUEST_TIMEOUT."),
+    "SOURCE_DENIED": (422, "The source of a model asks for a key, or the key may not read it."),
+    "ARCHIVE_UNSAFE": (422, "A model's archive holds a path, a link or a size that is not unpacked."),
+    "MODEL_CORRUPT": (502, "What was fetched is not what the source says it is."),
+    "DISK_FULL": (507, "The model does not fit on the volume, or within its limit."),
     "OUT_OF_MEMORY": (507, "The request does not fit in the device's memory."),
 }
 
