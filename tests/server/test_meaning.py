@@ -85,7 +85,7 @@ def test_img2img_keeps_the_composition_as_strength_falls(server: Server) -> None
     picture = np.asarray(Image.open(FIXTURES / "green-circle-left.png").convert("RGB"))
     inputs = {"prompt": "a red circle on a white background", "image": as_base64(picture), "num_inference_steps": 30}
     places, distances = [], []
-    for strength in (0.1, 0.4, 1.0):
+    for strength in (0.1, 0.2, 1.0):
         images = [draw(server, {**inputs, "strength": strength, "seed": seed}) for seed in range(4)]
         places.append([thing.place for image in images for thing in read(image).things])
         distances.append(np.mean([np.abs(image.astype(int) - picture).mean() for image in images]))
