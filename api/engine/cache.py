@@ -29,22 +29,25 @@ class ModelCache:
         self._release = release
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()
 
-    def get(self, ref: ModelRef, expected_bytes: int) -> tuple[LoadedModel, bool]:
-        """The model, and whether it had to be loaded.
+    def __contains__(self, ref: ModelRef) -> bool:
+        return ref.key in self._models
+
+    def get(self, ref: ModelRef, expected_bytes: Callable[[], int]) -> LoadedModel:
+        """The model, loaded if it is not here.
 
         Args:
             ref: which model.
-            expected_bytes: what it will take; room is made before it is read.
+            expected_bytes: says what it will take; room is made before it is read.
         """
         found = self._models.get(ref.key)
         if found:
             self._models.move_to_end(ref.key)
-            return found, False
-        self.make_room(expected_bytes)
+            return found
+        self.make_room(expected_bytes())
         model = self._load(ref)
         self._models[ref.key] = model
         log.info("loaded %s: %.1f MB", ref.key, model.bytes / 1e6)
-        return model, True
+        return model
 
     def make_room(self, needed: int) -> None:
         """Forget models, the least recently used first, until ``needed`` bytes fit the budget."""

@@ -64,19 +64,19 @@ class Engine:
         self.cache = ModelCache(device.model_budget(), lambda ref: load(ref, device), device.release_cache)
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
 
-    def load(self, ref: ModelRef) -> tuple[LoadedModel, bool]:
-        """Bring a model into memory; says whether it was not there yet.
+    def load(self, ref: ModelRef) -> LoadedModel:
+        """The model, brought into memory if it is not there yet.
 
         Raises:
             ApiError: MODEL_BROKEN, OUT_OF_MEMORY.
         """
         try:
-            return self.cache.get(ref, self._expected_bytes(ref))
+            return self.cache.get(ref, lambda: self._expected_bytes(ref))
         except torch.OutOfMemoryError:
             pass
         self.cache.clear_others(ref)
         try:
-            return self.cache.get(ref, 0)
+            return self.cache.get(ref, lambda: 0)
         except torch.OutOfMemoryError as fault:
             raise _out_of_memory(fault) from fault
 
@@ -100,13 +100,13 @@ class Engine:
             ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY.
         """
         timings: dict[str, int] = {}
-        if request.model.key not in self.cache.sizes():
+        if request.model not in self.cache:
             on_phase("loadModel", "start")
             began = time.perf_counter()
             self.load(request.model)
             timings["loadModel"] = _ms(began)
             on_phase("loadModel", "done")
-        model, _ = self.load(request.model)
+        model = self.load(request.model)
         on_phase("inference", "start")
         began = time.perf_counter()
         try:

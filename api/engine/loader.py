@@ -26,6 +26,7 @@ class LoadedModel:
         components: by name, as diffusers calls them.
         config: arguments of its pipeline class that are no components.
         bytes: of all parameters and buffers.
+        schedulers: by class name, with the model's settings, never run: jobs get copies.
     """
 
     def __init__(self, ref: ModelRef, dtype: torch.dtype, pipe: diffusers.DiffusionPipeline) -> None:
@@ -33,6 +34,7 @@ class LoadedModel:
         self.dtype = dtype
         self.components: dict[str, Any] = dict(pipe.components)
         self.config = {k: v for k, v in pipe.config.items() if k not in self.components and not k.startswith("_")}
+        self.schedulers: dict[str, Any] = {}
         self.bytes = sum(_module_bytes(part) for part in self.components.values() if isinstance(part, nn.Module))
 
 

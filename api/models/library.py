@@ -54,6 +54,7 @@ class Library:
 
     def __init__(self, settings: Settings) -> None:
         self._models_dir = settings.models_dir
+        self._known: set[str] = set()
         self._read: dict[Path, tuple[int, InstalledModel]] = {}
 
     def find(self, model_id: str, field: str = "callInputs.MODEL_ID") -> InstalledModel:
@@ -76,6 +77,10 @@ class Library:
             requested=model_id,
             available=self.names(),
         )
+
+    def has_read(self, model_id: str) -> bool:
+        """Whether ``find`` will answer without reading more than two file times."""
+        return model_id in self._known
 
     def names(self) -> list[str]:
         """Every model that can be asked for."""
@@ -108,6 +113,7 @@ class Library:
                 requested=model_id,
             ) from fault
         self._read[folder] = (changed, model)
+        self._known.add(model_id)
         return model
 
 

@@ -22,9 +22,10 @@ class Load(msgspec.Struct, tag=True):
 
 
 class Generate(msgspec.Struct, tag=True):
-    """Run one request."""
+    """Run one request; with ``events`` its phases and steps are told."""
 
     request: GenerationRequest
+    events: bool
 
 
 class Cancel(msgspec.Struct, tag=True):

@@ -59,7 +59,10 @@ class Admission:
             ApiError: the first thing that is wrong.
         """
         options = check_options(call_inputs)
-        model = await asyncio.to_thread(self._model, options)
+        if self._library.has_read(options.get("MODEL_ID") or self._settings.model_id):
+            model = self._model(options)
+        else:
+            model = await asyncio.to_thread(self._model, options)
         requested, pipeline = self._pipeline(options, model_inputs, model)
         scheduler = self._scheduler(options, model)
         image_format, quality = _image_format(options)

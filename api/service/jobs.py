@@ -26,10 +26,10 @@ class JobState(StrEnum):
 TERMINAL = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.TIMED_OUT})
 
 
-def _frame(request: GenerationRequest) -> bytes:
+def _frame(request: GenerationRequest, events: bool) -> bytes:
     """Encode now, while a fault still belongs to the one request that has it."""
     try:
-        return frame(Generate(request))
+        return frame(Generate(request, events))
     except (ValueError, TypeError, OverflowError, RecursionError) as fault:
         message = f"A value cannot be passed on: {fault}."
         raise ApiError("INVALID_INPUTS", message, field="modelInputs") from fault
@@ -51,7 +51,7 @@ class Job:
 
     def __init__(self, request: GenerationRequest, on_event: Callable[[Phase | Progress], None] | None = None) -> None:
         self.request = request
-        self.framed = _frame(request)
+        self.framed = _frame(request, events=on_event is not None)
         self.state = JobState.IN_QUEUE
         self.tries = 0
         self.created = time.monotonic()

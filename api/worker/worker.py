@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from api.engine.encode import encode
 from api.engine.generate import Cancelled, Engine, Generated
@@ -17,6 +19,18 @@ from api.worker.link import Link
 
 log = logging.getLogger("api.worker")
 _ENCODERS = 4
+_SMALL = 3 * 2**16
+"""Bytes of pixels that are encoded sooner than they are handed to another thread."""
+
+
+def _at_once(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """What ``Executor.submit`` does, here and now."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(call(*arguments))
+    except Exception as fault:
+        future.set_exception(fault)
+    return future
 
 
 class Worker:
@@ -41,7 +55,7 @@ class Worker:
             if isinstance(message, Load):
                 self.warm(message)
             else:
-                self._generate(message.request)
+                self._generate(message.request, message.events)
 
     def warm(self, message: Load) -> None:
         """Load a model ahead of any request; a fault is logged, and told again to who asks for it."""
@@ -51,15 +65,20 @@ class Worker:
             log.error("%s: %s", error.code, error.message)
         self._link.send(Loaded(self._engine.cache.sizes()))
 
-    def _generate(self, request: GenerationRequest) -> None:
+    def _generate(self, request: GenerationRequest, events: bool) -> None:
         link, job = self._link, request.id
+
+        def tell(event: Phase | Progress) -> None:
+            if events:
+                link.send(event)
+
         try:
             if link.is_cancelled(job):
                 raise Cancelled
             generated = self._engine.generate(
                 request,
-                on_step=lambda step, total: link.send(Progress(job, step, total)),
-                on_phase=lambda kind, status: link.send(Phase(job, kind, status)),
+                on_step=lambda step, total: tell(Progress(job, step, total)),
+                on_phase=lambda kind, status: tell(Phase(job, kind, status)),
                 cancelled=lambda: link.is_cancelled(job),
             )
         except Cancelled:
@@ -86,13 +105,13 @@ class Worker:
         meta = {**request.meta, **generated.meta}
         usage = self._engine.device.mem_usage()
         count = len(generated.images)
+        submit = _at_once if generated.images[0].size * count <= _SMALL else self._encoders.submit
         images = [
-            self._encoders.submit(
-                encode, image, request.image_format, request.image_quality, parameters(meta, index, count)
-            )
+            submit(encode, image, request.image_format, request.image_quality, parameters(meta, index, count))
             for index, image in enumerate(generated.images)
         ]
-        self._link.send(Computed(request.id))
+        if submit is not _at_once:
+            self._link.send(Computed(request.id))
 
         def finish() -> None:
             try:
@@ -104,4 +123,4 @@ class Worker:
                 message = "The image could not be encoded; the server's log says more."
                 self._link.send(Failed(request.id, "INTERNAL_ERROR", message, {}, traceback.format_exc()))
 
-        self._encoders.submit(finish)
+        submit(finish)
