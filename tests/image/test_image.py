@@ -28,7 +28,7 @@ from tests.running import ROOT, free_port, images_of
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 ENV = {**os.environ, "STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot", "BUILDER": "buildah"}
 MEGABYTES = 3000
-"""The image's budget with a CPU build of torch; measured 1.9 GB."""
+"""The image's budget with a CPU build of torch; measured 1.73 GB."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
