@@ -21,11 +21,12 @@ import msgspec
 from isal import isal_zlib
 
 from api.errors import ApiError
-from api.models.disk import disk_fault
+from api.models.disk import disk_fault, reserve, start_writing
 from api.models.http_client import Connection, Policy, Source, StaleContent, TransientFault, Wanted, is_strong
 from api.models.manifest import FileEntry
 
-PIECE = 32 * 2**20  # one request: long enough to forget its round trip, short enough to share the end fairly
+_RUN = 8 * 2**20  # bytes after which a piece is sent on to the disk
+PIECE = 16 * 2**20  # one request: long enough to forget its round trip, short enough to share the end fairly
 
 
 class Fetched(FileEntry, frozen=True):
@@ -44,12 +45,12 @@ class StaleFile(StaleContent):
 
 
 class Piece:
-    """A run of bytes: on the disk up to ``at``."""
+    """A run of bytes: written up to ``at``, and on its way from memory to the disk up to ``sent``."""
 
-    __slots__ = ("at", "end", "start")
+    __slots__ = ("at", "end", "sent", "start")
 
     def __init__(self, start: int, at: int, end: int | None) -> None:
-        self.start, self.at, self.end = start, at, end
+        self.start, self.at, self.end, self.sent = start, at, end, at
 
 
 class _Saved(msgspec.Struct):
@@ -76,6 +77,7 @@ class PartialFile:
         self._hashes: dict[str, Any] = {}
         self._front = 0
         self.resumed = self.begun = self.whole = False
+        self._saving = threading.Lock()
 
     def open(self) -> None:
         """Open the part file, with the pieces that an earlier run left in it."""
@@ -108,9 +110,10 @@ class PartialFile:
 
     def discard(self) -> None:
         """Start afresh, with nothing on the disk."""
-        self.side.unlink(missing_ok=True)
-        self.pieces = []
-        os.ftruncate(self.fd, 0)
+        with self._saving:  # or a record of what was there a moment ago would be written after this
+            self.side.unlink(missing_ok=True)
+            self.pieces = []
+            os.ftruncate(self.fd, 0)
 
     def begin(self, response: http.client.HTTPResponse) -> None:
         """Take the size and the digests from the first answer."""
@@ -123,11 +126,11 @@ class PartialFile:
                 headers = source.get(other, 0, None, "HEAD")
                 other.close()
         whole = headers.status == 200
-        self.expected = _digests(dict(headers.headers.items()), whole)
+        self.expected = {**digests_of(dict(headers.headers.items()), whole), **source.wanted.digests}
         if source.sha256:
             self.expected["sha256"] = bytes.fromhex(source.sha256)
         names = {*self.expected, *(["sha256"] if self._digest else [])}
-        self._hashes = {name: _Crc32() if name == "crc32" else hashlib.new(name) for name in names}
+        self._hashes = {name: new_hash(name) for name in names}
         if not self.pieces:
             self._lay_out(response.status == 206)
         self.begun = True
@@ -138,11 +141,22 @@ class PartialFile:
             free = os.statvfs(self.path.parent)
             if source.size > free.f_bavail * free.f_frsize:
                 raise disk_fault(OSError(errno.ENOSPC, ""), self.path)
-            os.ftruncate(self.fd, source.size)
+            reserve(self.fd, source.size)
         if ranges:
             self._cover(0, source.size or 0)
         else:
             self.pieces.append(Piece(0, 0, source.size))
+
+    def write(self, piece: Piece, data: memoryview) -> None:
+        """Put the next bytes of a piece into the file. Raises OSError."""
+        while data:
+            count = os.pwrite(self.fd, data, piece.at)
+            piece.at += count
+            data = data[count:]
+        # otherwise the disk idles now, and fsync waits for all of it at the end
+        if piece.at - piece.sent >= _RUN or piece.at == piece.end:
+            start_writing(self.fd, piece.sent, piece.at - piece.sent)
+            piece.sent = piece.at
 
     def advance(self, buffer: memoryview) -> bool:
         """Hash what is there in one run after what was hashed; whether there was anything."""
@@ -178,13 +192,14 @@ class PartialFile:
 
     def save(self) -> None:
         """Record what is on the disk; it is made to be there first, as a machine may stop too."""
-        done = [(piece.start, piece.at) for piece in list(self.pieces) if piece.at > piece.start]
-        if self.fd < 0 or self.source.size is None or not done:
-            return
-        os.fdatasync(self.fd)
-        fresh = self.side.with_name(self.side.name + ".new")
-        fresh.write_bytes(msgspec.json.encode(_Saved(self.source.size, self.source.etag, done)))
-        fresh.replace(self.side)
+        with self._saving:
+            done = [(piece.start, piece.at) for piece in list(self.pieces) if piece.at > piece.start]
+            if self.fd < 0 or self.source.size is None or not done:
+                return
+            os.fdatasync(self.fd)
+            fresh = self.side.with_name(self.side.name + ".new")
+            fresh.write_bytes(msgspec.json.encode(_Saved(self.source.size, self.source.etag, done)))
+            fresh.replace(self.side)
 
     def verify(self) -> None:
         """Compare size and digests. Raises MODEL_CORRUPT, or StaleFile where an earlier run may be to blame."""
@@ -221,6 +236,11 @@ class _Crc32:
         return self._value.to_bytes(4, "big")
 
 
+def new_hash(name: str) -> Any:
+    """A running digest: what ``hashlib`` knows, or ``crc32``."""
+    return _Crc32() if name == "crc32" else hashlib.new(name)
+
+
 _WHOLE_DIGESTS = {
     "content-md5": "md5",
     "x-amz-checksum-sha256": "sha256",
@@ -229,7 +249,7 @@ _WHOLE_DIGESTS = {
 }
 
 
-def _digests(headers: Mapping[str, str], whole: bool) -> dict[str, bytes]:
+def digests_of(headers: Mapping[str, str], whole: bool) -> dict[str, bytes]:
     """What the source says the file's digests are: algorithm to value.
 
     A checksum of S3 that ends in ``-<parts>`` is one of checksums and says nothing about the bytes.

@@ -1,7 +1,8 @@
 """Downloads over HTTP(S): several ranges at once, resumed where they were cut, verified at the end.
 
-Worker threads receive into 4 MiB buffers and write them in place; the calling thread follows them
-with the hashes, saves what is done, and reports progress, so that all three overlap.
+Worker threads receive into buffers of 1 MiB, write them in place and have the kernel send them on to the
+disk; the calling thread follows them with the hashes and reports progress; one more saves what is done. So
+receiving, hashing and writing to the disk overlap, and the whole takes as long as the slowest of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from api.models.http_client import Connection, EndOfBody, Policy, StaleContent, 
 from api.models.manifest import OnProgress
 from api.models.partial_file import Fetched, PartialFile, Piece, StaleFile
 
-_BUFFER = 4 * 2**20
+_BUFFER = 2**20  # of a connection
+_BLOCK = 4 * 2**20  # hashed between two looks around
+_FIRST = 1  # connection, joined by others while each brings less than:
+_FAST = 5e8  # bytes a second; a server or network that limits each connection stays below
+_LOOK = 0.1  # seconds over which that is measured
 _MAX_CUTS = 1000  # of one piece, progress or not
 _RESTARTS = 3  # of a whole transfer whose content changed under it
 
@@ -34,7 +39,7 @@ def download(
     etag: str | None = None,
     sha256: str | None = None,
     headers: Mapping[str, str] | None = None,
-    parts: int = 8,
+    parts: int = 16,
     on_progress: OnProgress | None = None,
     policy: Policy | None = None,
     digest: bool = True,
@@ -51,7 +56,7 @@ def download_many(
     files: Sequence[Wanted],
     folder: Path,
     *,
-    connections: int = 8,
+    connections: int = 16,
     on_progress: OnProgress | None = None,
     policy: Policy | None = None,
     digest: bool = True,
@@ -65,7 +70,7 @@ def download_many(
     Args:
         files: what and where to.
         folder: missing folders are made.
-        connections: at most, over all files.
+        connections: at most, over all files; fewer where few bring enough.
         on_progress: called from this thread with ``download``; what it raises ends the transfer.
         policy: time-outs and retries.
         digest: compute the sha256 even where there is nothing to compare it with.
@@ -108,34 +113,35 @@ class _Transfer:
         self._changed = threading.Condition()
         self._busy = 0
         self._fault: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self._saver = threading.Thread(target=self._save, daemon=True)
+        self._looked = (0.0, 0)
 
     def run(self) -> tuple[Fetched, ...]:
-        threads = [
-            threading.Thread(target=self._work, args=(connection,), daemon=True) for connection in self._connections
-        ]
         try:
             for file in self._files:
                 file.open()
-            for thread in threads:
-                thread.start()
+            self._saver.start()
+            self._connect(_FIRST)
+            self._looked = time.monotonic(), sum(file.done for file in self._files)
             self._follow()
+            self._end()
             return tuple(file.keep() for file in self._files)
         except BaseException as fault:
             if isinstance(fault, OSError):
                 fault = disk_fault(fault, self._files[0].path.parent)
-            self._end(threads)
+            self._end()
             self._leave(fault)
             raise fault from None
         finally:
-            if self._end(threads):  # else a thread may still write: better a descriptor lost than another file hit
+            if self._end():  # else a thread may still write: better a descriptor lost than another file hit
                 for file in self._files:
                     if file.fd >= 0:
                         os.close(file.fd)
 
     def _follow(self) -> None:
-        """Hash, verify, save and report, until all files are whole."""
-        buffer = memoryview(bytearray(_BUFFER))
-        saved = time.monotonic()
+        """Hash, verify and report, until all files are whole."""
+        buffer = memoryview(bytearray(_BLOCK))
         while not all(file.whole for file in self._files):
             busy = False
             for file in self._files:
@@ -147,17 +153,45 @@ class _Transfer:
                             file.save()
             sizes = [file.source.size if file.begun else file.source.wanted.size for file in self._files]
             total = None if None in sizes else sum(size or 0 for size in sizes)
-            self._on_progress("download", sum(file.done for file in self._files), total)
-            if time.monotonic() > saved + self._policy.save_every:
-                for file in self._files:
-                    if file.begun and not file.whole:
-                        file.save()
-                saved = time.monotonic()
+            done = sum(file.done for file in self._files)
+            self._on_progress("download", done, total)
+            self._look(done)
             with self._changed:
                 if self._fault is not None:
                     raise self._fault
                 if not busy:
                     self._changed.wait(0.05)
+
+    def _connect(self, count: int) -> None:
+        """Open more connections, so that there are ``count`` of them or as many as are allowed."""
+        for connection in self._connections[len(self._threads) : count]:
+            self._threads.append(threading.Thread(target=self._work, args=(connection,), daemon=True))
+            self._threads[-1].start()
+
+    def _look(self, done: int) -> None:
+        """Four times as many connections where there is work for them and those there are do not bring enough."""
+        since, before = self._looked
+        if (now := time.monotonic()) < since + _LOOK:
+            return
+        self._looked = now, done
+        if self._jobs and done - before < _FAST * (now - since) * len(self._threads):
+            self._connect(4 * len(self._threads))
+
+    def _save(self) -> None:
+        """In a thread of its own, as it waits for the disk."""
+        try:
+            while not self._stop.wait(self._policy.save_every):
+                for file in self._files:
+                    if file.begun and not file.whole:
+                        file.save()
+        except BaseException as fault:
+            self._tell(fault)
+
+    def _tell(self, fault: BaseException) -> None:
+        """Hand a thread's fault to the calling thread."""
+        with self._changed:
+            self._fault = self._fault or fault
+            self._changed.notify_all()
 
     def _work(self, connection: Connection) -> None:
         connection.buffer = memoryview(bytearray(_BUFFER))
@@ -169,10 +203,8 @@ class _Transfer:
                     with self._changed:
                         self._busy -= 1
                         self._changed.notify_all()
-        except BaseException as fault:  # told to the calling thread
-            with self._changed:
-                self._fault = self._fault or fault
-                self._changed.notify_all()
+        except BaseException as fault:
+            self._tell(fault)
         finally:
             connection.close()
 
@@ -255,23 +287,22 @@ class _Transfer:
             connection.close()
 
     def _write(self, file: PartialFile, piece: Piece, data: memoryview) -> None:
-        while data:
-            count = os.pwrite(file.fd, data, piece.at)
-            piece.at += count
-            data = data[count:]
+        file.write(piece, data)
         with self._changed:
             self._changed.notify_all()
 
-    def _end(self, threads: list[threading.Thread]) -> bool:
+    def _end(self) -> bool:
         """Stop the threads, even those that wait for a server; whether all have ended."""
         self._stop.set()
         for _ in range(100):
-            waiting = [thread for thread in threads if thread.is_alive()]
+            waiting = [thread for thread in self._threads if thread.is_alive()]
             for connection in self._connections if waiting else []:
                 connection.abort()
             for thread in waiting:
                 thread.join(0.05)
-        return not any(thread.is_alive() for thread in threads)
+        if self._saver.is_alive():
+            self._saver.join()  # it waits for the disk only, as whoever asks next would
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _leave(self, fault: BaseException) -> None:
         """Keep what a later run can go on from, and nothing on a full disk."""

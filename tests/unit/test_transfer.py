@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import ctypes
+import errno
 import hashlib
 import io
 import json
@@ -23,7 +25,7 @@ from pathlib import Path
 import pytest
 
 from api.errors import ApiError
-from api.models import partial_file
+from api.models import disk, partial_file, transfer
 from api.models.http_client import MAX_REDIRECTS, Policy, Wanted
 from api.models.http_stream import open_stream
 from api.models.partial_file import Fetched
@@ -326,6 +328,21 @@ def test_a_composite_checksum_of_s3_is_no_digest(site: Site, tmp_path: Path) -> 
     assert not get(site, tmp_path / "f").verified
 
 
+@pytest.mark.parametrize("name", ["md5", "crc32"])
+def test_digests_that_are_known_before_are_compared(site: Site, tmp_path: Path, name: str) -> None:
+    """Of a listing, such as an ETag of S3 that is an MD5: the answer itself says nothing."""
+    right = {"md5": hashlib.md5(DATA, usedforsecurity=False).digest(), "crc32": zlib.crc32(DATA).to_bytes(4, "big")}
+    wanted = Wanted(site.url, "f", digests={name: right[name]})
+    (got,) = download_many([wanted], tmp_path, policy=QUICK)
+    assert got.verified
+    (tmp_path / "f").unlink()
+    site.data = flipped()
+    with pytest.raises(ApiError) as error:
+        download_many([wanted], tmp_path, policy=QUICK)
+    assert (error.value.code, name in error.value.message) == ("MODEL_CORRUPT", True)
+    assert not (tmp_path / "f").exists()
+
+
 def test_sizes_and_etags_that_were_promised(site: Site, tmp_path: Path) -> None:
     assert fails(site, tmp_path / "f", size=1000).code == "MODEL_CORRUPT"
     assert fails(site, tmp_path / "f", etag='"v0"').code == "MODEL_CORRUPT"
@@ -474,7 +491,7 @@ def test_killed_in_the_middle_it_goes_on(site: Site, tmp_path: Path) -> None:
         "t.download(sys.argv[1], Path(sys.argv[2]), parts=2, policy=t.Policy(save_every=0.02))"
     )
     rng = random.Random(3)
-    site.limit = 900_000
+    site.limit = 300_000  # each time, so that three times are not the whole
     for last in (False, False, True):
         site.asked.clear()
         site.given = 0
@@ -488,6 +505,72 @@ def test_killed_in_the_middle_it_goes_on(site: Site, tmp_path: Path) -> None:
     site.limit = None
     assert get(site, tmp_path / "f", url=again(site)).sha256 == SHA
     assert sent(site) < len(DATA), "nothing was kept"
+
+
+def test_the_record_never_claims_what_is_not_on_the_disk(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopping machine keeps what was there when fdatasync was called; more arrives while that waits."""
+    part, side, site.rate = tmp_path / "f.part", tmp_path / "f.part.json", 2e6
+    on_disk = bytearray()
+    records = 0
+
+    def fdatasync(fd: int) -> None:
+        nonlocal on_disk, records
+        for start, end in json.loads(side.read_text())["done"] if side.exists() else ():
+            records += 1
+            assert on_disk[start:end] == DATA[start:end]
+        on_disk = bytearray(part.read_bytes())
+        time.sleep(0.05)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    get(site, tmp_path / "f", policy=Policy(save_every=0.01))
+    assert records > 3, "it did not happen"
+
+
+def test_a_slow_disk_does_not_hold_up_the_hashes(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received, waited = threading.Event(), []
+    site.rate = 2e6
+    monkeypatch.setattr(os, "fdatasync", lambda fd: waited.append(received.wait(20)))
+
+    def on_progress(phase: str, done: int, total: int | None) -> None:
+        if done == len(DATA):
+            received.set()
+
+    get(site, tmp_path / "f", policy=Policy(save_every=0.05), on_progress=on_progress)
+    assert waited
+    assert all(waited), "nothing went on while it waited"
+
+
+@pytest.mark.parametrize(("enough", "most"), [(0.0, 1), (1e12, 4)])
+def test_more_connections_only_while_they_are_slow(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough: float, most: int
+) -> None:
+    monkeypatch.setattr(transfer, "_FAST", enough)
+    site.rate = 1e6
+    get(site, tmp_path / "f", parts=4)
+    assert site.most == most
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT])
+def test_space_is_set_aside_where_that_can_be_done(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(disk, "_fallocate", lambda *arguments: ctypes.set_errno(number) or -1)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        assert fails(site, tmp_path / "f").code == "DISK_FULL"
+        assert not any(tmp_path.iterdir())
+    else:
+        get(site, tmp_path / "f")
+
+
+def test_space_is_set_aside(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as file:
+        disk.reserve(file.fileno(), 2**20)
+        stat = os.fstat(file.fileno())
+        assert stat.st_size == 2**20
+        os.posix_fallocate(file.fileno(), 0, 2**20)
+        assert os.fstat(file.fileno()).st_blocks == stat.st_blocks, "nothing was left to set aside"
 
 
 @pytest.mark.parametrize(("drops", "silence", "why"), [(0, 0.3, "in time"), (1000, 1, "bytes a second")])
