@@ -80,6 +80,20 @@ def _list(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def _folders(value: str) -> tuple[Path, ...]:
+    return tuple(Path(part).expanduser() for part in _list(value))
+
+
+def _budget(value: str) -> int | float | None:
+    if not value.strip():
+        return None
+    if match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value):
+        if not 0 < float(match[1]) <= 100:
+            raise ValueError("must be more than 0% and at most 100%")
+        return float(match[1]) / 100
+    return _bytes(value)
+
+
 def _models_dir(value: str) -> Path:
     if value:
         return Path(value).expanduser()
@@ -89,9 +103,9 @@ def _models_dir(value: str) -> Path:
     return Path("~/.cache/diffusers-api/models").expanduser()
 
 
-def _variable(name: str, default: str, parse: Callable[[str], Any], meaning: str) -> Any:
+def _variable(name: str, default: str, parse: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
     metadata = {"name": name, "default": default, "parse": parse, "meaning": meaning}
-    return field(default_factory=lambda: parse(default), metadata=metadata)
+    return field(default_factory=lambda: parse(default), metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,14 @@ class Settings:
     port: int = _variable("PORT", "8000", _whole(0, 65535), "port to listen on; 0 picks a free one")
     model_id: str = _variable("MODEL_ID", "demo/shapes", _text, "the default model")
     model_revision: str = _variable("MODEL_REVISION", "", _text, "revision of the default model")
+    hf_model_id: str = _variable("HF_MODEL_ID", "", _text, "the default model's id on the hub, where it is another")
+    model_url: str = _variable(
+        "MODEL_URL", "", _text, "where the default model lies, or is to be kept: s3://… or https://…"
+    )
+    checkpoint_url: str = _variable("CHECKPOINT_URL", "", _text, "single file that the default model is made from")
+    checkpoint_config_url: str = _variable(
+        "CHECKPOINT_CONFIG_URL", "", _text, "how that file is built: a family such as sdxl, a model id, or a URL"
+    )
     model_precision: str = _variable(
         "MODEL_PRECISION",
         "",
@@ -117,6 +139,45 @@ class Settings:
     )
     models_dir: Path = _variable(
         "MODELS_DIR", "", _models_dir, "folder of installed models; empty: on the mounted volume, else ~/.cache"
+    )
+    volume_limit: int | float | None = _variable(
+        "VOLUME_LIMIT", "", _budget, "what models may take on the volume: 200GiB, 80%; empty: what the disk has"
+    )
+    runtime_downloads: bool = _variable(
+        "RUNTIME_DOWNLOADS", "1", _flag, "0: only what is on the volume or in the image is served"
+    )
+    baked_models_dir: Path = _variable(
+        "BAKED_MODELS_DIR", "/opt/diffusers-api/models", Path, "folder of the models inside the image; only read"
+    )
+    local_models: tuple[Path, ...] = _variable(
+        "LOCAL_MODELS", "", _folders, "folders that hold diffusers models as org/name or org--name; only read"
+    )
+    hub_caches: tuple[Path, ...] = _variable(
+        "HUB_CACHES",
+        "/runpod-volume/huggingface-cache/hub",
+        _folders,
+        "hub caches that others fill, such as the platform; only read",
+    )
+    hf_auth_token: str = _variable("HF_AUTH_TOKEN", "", _text, "token for the hub; HF_TOKEN does as well", secret=True)
+    hf_endpoint: str = _variable("HF_ENDPOINT", "", _text, "address of the hub; empty: huggingface.co")
+    aws_access_key_id: str = _variable(
+        "AWS_ACCESS_KEY_ID", "", _text, "for S3; empty: the usual chain of profile and instance role", secret=True
+    )
+    aws_secret_access_key: str = _variable("AWS_SECRET_ACCESS_KEY", "", _text, "its secret", secret=True)
+    aws_session_token: str = _variable("AWS_SESSION_TOKEN", "", _text, "of temporary credentials", secret=True)
+    aws_default_region: str = _variable(
+        "AWS_DEFAULT_REGION", "", _text, "region of the buckets, where there are regions"
+    )
+    aws_s3_endpoint_url: str = _variable("AWS_S3_ENDPOINT_URL", "", _text, "S3-compatible service; empty: AWS")
+    aws_s3_default_bucket: str = _variable("AWS_S3_DEFAULT_BUCKET", "", _text, "bucket of s3:// URLs that name none")
+    aws_s3_addressing_style: str = _variable(
+        "AWS_S3_ADDRESSING_STYLE", "auto", _one_of("auto", "path", "virtual"), "host/bucket or bucket.host"
+    )
+    allow_pickle: str = _variable(
+        "ALLOW_PICKLE",
+        "weights",
+        _one_of("weights", "0"),
+        "weights: .bin and .ckpt are converted by torch's weights-only loader, in a process of its own; 0: never",
     )
     warm_models: tuple[str, ...] = _variable(
         "WARM_MODELS", "", _list, "models to load at start beside MODEL_ID, comma-separated"
@@ -141,7 +202,7 @@ class Settings:
     fetch_timeout: float = _variable("FETCH_TIMEOUT", "20", _seconds, "seconds an image URL may take")
     drain_timeout: float = _variable("DRAIN_TIMEOUT", "30", _seconds, "seconds that running jobs get at SIGTERM")
     allow_private_urls: bool = _variable(
-        "ALLOW_PRIVATE_URLS", "0", _flag, "1: image URLs may lead into private networks"
+        "ALLOW_PRIVATE_URLS", "0", _flag, "1: URLs in requests may lead into private networks"
     )
     legacy_status: bool = _variable("LEGACY_STATUS", "0", _flag, "1: errors come with HTTP 200, for old clients")
     log_format: str = _variable(

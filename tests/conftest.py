@@ -34,7 +34,13 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for every test that only sends requests."""
-    environ = {"MODELS_DIR": str(models_dir), "MAX_BODY": "8MiB", "FETCH_TIMEOUT": "2", "SECRET_TOKEN": "s3cr3t-value"}
+    environ = {
+        "MODELS_DIR": str(models_dir),
+        "MAX_BODY": "8MiB",
+        "FETCH_TIMEOUT": "2",
+        "RUNTIME_DOWNLOADS": "0",
+        "SECRET_TOKEN": "s3cr3t-value",
+    }
     with running(environ, tmp_path_factory.mktemp("log") / "server.log") as started:
         yield started
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -51,6 +53,22 @@ def _keep_text_model(part: nn.Module) -> None:
         object.__setattr__(part, "text_model", part)
 
 
+def variant_of(folder: Path, precision: str) -> str | None:
+    """Which weight files of a folder to read: ``fp16`` or ``bf16`` where they are preferred or alone, else plain ones.
+
+    diffusers names them ``diffusion_pytorch_model.fp16.safetensors``, and takes a component's plain files where
+    the variant is missing, but not the other way round.
+    """
+    names = {path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors")}
+    for variant in ("fp16", "bf16"):
+        own = {name for name in names if f".{variant}." in name}
+        folders = {name.partition("/")[0] for name in own}
+        plain = {name.partition("/")[0] for name in names if not re.search(r"\.(fp16|bf16)\.", name)}
+        if own and (variant == precision or not folders <= plain):
+            return variant
+    return None
+
+
 def load(ref: ModelRef, device: Device) -> LoadedModel:
     """Load a model from its folder. Safetensors only; nothing is unpickled or downloaded.
 
@@ -62,7 +80,12 @@ def load(ref: ModelRef, device: Device) -> LoadedModel:
     dtype = device.dtype(ref.precision)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            ref.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            ref.folder,
+            dtype=dtype,
+            variant=variant_of(Path(ref.folder), ref.precision),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except torch.OutOfMemoryError:
         raise

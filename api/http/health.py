@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from sanic import Request, Sanic
 from sanic.response import HTTPResponse, empty, json
 
@@ -41,7 +42,9 @@ async def live(_: Request) -> HTTPResponse:
 async def ready(request: Request) -> HTTPResponse:
     """200 when a worker can run jobs."""
     dispatcher = _dispatcher(request)
-    return json(_status(dispatcher), status=200 if dispatcher.state in _ABLE else 503)
+    transfers = [msgspec.to_builtins(transfer) for transfer in request.app.ctx.service.fetcher.transfers()]
+    body = {**_status(dispatcher), "transfers": transfers}
+    return json(body, status=200 if dispatcher.state in _ABLE else 503)
 
 
 async def ping(request: Request) -> HTTPResponse:

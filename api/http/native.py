@@ -16,8 +16,10 @@ from sanic.response import HTTPResponse
 from api.errors import ApiError
 from api.http.errors import error_body, to_api_error
 from api.schema.catalogue import nearest
-from api.schema.generation import GenerationRequest, GenerationResult
+from api.schema.generation import GenerationResult
 from api.schema.messages import Phase, Progress
+from api.schema.transfers import Transfer
+from api.service.service import Service
 
 KEYS = ("modelInputs", "callInputs")
 IMAGE_TYPES = {"image/png": "PNG", "image/webp": "WEBP", "image/jpeg": "JPEG"}
@@ -38,12 +40,12 @@ async def generate(request: Request) -> HTTPResponse | None:
     wanted = wanted_type(request.headers.get("accept"))
     if wanted in IMAGE_TYPES:
         call_inputs = _with_format(call_inputs, wanted)
-    admitted, options = await service.admit(request.ctx.id, model_inputs, call_inputs)
-    if options.get("streamEvents"):
-        await _stream(request, admitted, options)
+    if call_inputs.get("streamEvents") in (True, 1):
+        await _stream(request, model_inputs, call_inputs)
         return None
-    if wanted in IMAGE_TYPES and admitted.images > 1:
-        message = f"{admitted.images} images do not fit in one {wanted}; accept application/json."
+    admitted = await service.admit(request.ctx.id, model_inputs, call_inputs)
+    if wanted in IMAGE_TYPES and admitted.request.images > 1:
+        message = f"{admitted.request.images} images do not fit in one {wanted}; accept application/json."
         raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
     result = await service.finish(service.submit(admitted))
     if wanted in IMAGE_TYPES:
@@ -154,28 +156,34 @@ def _bytes_response(result: GenerationResult, content_type: str) -> HTTPResponse
 class _Events:
     """The events of one request as lines of JSON, in the shapes of docker-diffusers-api."""
 
-    def __init__(self, start_request_id: str | None, callback_steps: int | None) -> None:
+    def __init__(self, start_request_id: str | None) -> None:
         self.queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self.begun = asyncio.Event()
         self.progress: float | None = None
-        self._callback_steps = callback_steps
+        self.callback_steps: int | None = None
         self._payload = {"startRequestId": start_request_id}
         self._began = time.time()
         self._last: dict[str, float] = {}
 
-    def __call__(self, event: Phase | Progress) -> None:
-        if isinstance(event, Phase):
+    def __call__(self, event: Phase | Progress | Transfer) -> None:
+        if isinstance(event, Transfer):
+            moved = {"model": event.model_id, "bytes": event.done, "total": event.total}
+            self._put(event.kind, event.status, {**moved, "rate": event.rate, "eta": event.eta})
+        elif isinstance(event, Phase):
             self._put(event.kind, event.status, {})
             if event.kind == "inference":
                 self.progress = 0.0 if event.status == "start" else None
         else:
             self.progress = event.step / event.total
-            if self._callback_steps and (event.step - 1) % self._callback_steps == 0:
+            if self.callback_steps and (event.step - 1) % self.callback_steps == 0:
                 self._put("inference", "progress", {"step": event.step - 1})
 
     def _put(self, kind: str, status: str, payload: dict[str, Any]) -> None:
+        self.begun.set()
         now = time.time()
         since = now - self._last.get(kind, now) if status == "done" else 0.0
-        self._last[kind] = now
+        if status != "progress":
+            self._last[kind] = now
         self.queue.put_nowait(
             {
                 "type": kind,
@@ -189,12 +197,26 @@ class _Events:
         )
 
 
-async def _stream(request: Request, admitted: GenerationRequest, options: dict[str, Any]) -> None:
-    events = _Events(options.get("startRequestId"), options.get("callback_steps"))
-    service = request.app.ctx.service
-    job = asyncio.create_task(service.finish(service.submit(admitted, events)))
-    job.add_done_callback(lambda _: events.queue.put_nowait(None))
+async def _stream(request: Request, model_inputs: dict[str, Any], call_inputs: dict[str, Any]) -> None:
+    named = call_inputs.get("startRequestId")
+    events = _Events(named if isinstance(named, str) else None)
+    service: Service = request.app.ctx.service
+    admission = asyncio.create_task(service.admit(request.ctx.id, model_inputs, call_inputs, events))
+
+    async def run() -> GenerationResult:
+        admitted = await admission
+        events.callback_steps = admitted.options.get("callback_steps")
+        return await service.finish(service.submit(admitted, events))
+
+    begun = asyncio.create_task(events.begun.wait())
+    job: asyncio.Task[GenerationResult] | None = None
     try:
+        # what is wrong with a request is told by the status, unless its model had to be fetched first
+        await asyncio.wait({admission, begun}, return_when=asyncio.FIRST_COMPLETED)
+        if admission.done():
+            admission.result()
+        job = asyncio.create_task(run())
+        job.add_done_callback(lambda _: events.queue.put_nowait(None))
         response = await request.respond(content_type="application/x-ndjson")
         tick = asyncio.get_running_loop().time() + 1
         while True:
@@ -216,4 +238,7 @@ async def _stream(request: Request, admitted: GenerationRequest, options: dict[s
         await response.send(orjson.dumps(last) + b"\n")
         await response.eof()
     finally:
-        job.cancel()
+        begun.cancel()
+        admission.cancel()
+        if job is not None:
+            job.cancel()

@@ -52,6 +52,7 @@ class Wanted(msgspec.Struct, frozen=True):
         etag: ETag it must have.
         sha256: hex it must have.
         headers: sent to the origin of ``url`` only, not where that redirects to.
+        digests: it must have, by algorithm: ``md5``, ``crc32``.
     """
 
     url: str
@@ -60,6 +61,7 @@ class Wanted(msgspec.Struct, frozen=True):
     etag: str | None = None
     sha256: str | None = None
     headers: Mapping[str, str] = {}
+    digests: Mapping[str, bytes] = {}
 
 
 class TransientFault(Exception):

@@ -5,13 +5,16 @@ Source: RFC 9110 §14 (ranges).
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import io
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from api.models.http_client import Connection, EndOfBody, Policy, Source, StaleContent, TransientFault, Wanted
+from api.models.partial_file import digests_of, new_hash
 
 
 def open_stream(
@@ -21,24 +24,65 @@ def open_stream(
     etag: str | None = None,
     sha256: str | None = None,
     headers: Mapping[str, str] | None = None,
+    digests: Mapping[str, bytes] | None = None,
     policy: Policy | None = None,
 ) -> Stream:
     """Open a URL for reading from front to back, with transparent resume.
+
+    ``digests`` (algorithm to digest) and the sha256 are compared when the end is reached.
 
     Raises:
         ApiError: SOURCE_UNREACHABLE, SOURCE_DENIED, MODEL_NOT_FOUND, URL_NOT_ALLOWED; MODEL_CORRUPT also at the end,
             when the sha256 differs.
     """
-    return Stream(Source(Wanted(url, "", size, etag, sha256, headers or {}), policy or Policy(), threading.Event()))
+    source = Source(Wanted(url, "", size, etag, sha256, headers or {}), policy or Policy(), threading.Event())
+    return Stream(source, digests or {})
+
+
+class Probed(msgspec.Struct, frozen=True):
+    """What a server says of a file: bytes, ETag, digests of the whole by algorithm; empty where it says nothing."""
+
+    size: int | None
+    etag: str
+    digests: dict[str, bytes]
+
+
+def probe(
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    sha256: str | None = None,
+    policy: Policy | None = None,
+) -> Probed:
+    """Ask about a file without reading it.
+
+    By HEAD, and where that is refused, as by an address that is signed for GET, by a GET that is broken off.
+
+    Raises:
+        ApiError: as ``open_stream``.
+    """
+    policy = policy or Policy()
+    source = Source(Wanted(url, "", None, None, sha256, headers or {}), policy, threading.Event())
+    connection = Connection(policy)
+    with contextlib.closing(connection), contextlib.suppress(TransientFault):
+        answer = source.get(connection, 0, None, "HEAD")
+        length = answer.getheader("Content-Length", "")
+        if answer.status == 200 and length.isdigit():
+            return Probed(
+                int(length), answer.getheader("ETag", ""), digests_of(dict(answer.headers.items()), whole=True)
+            )
+    with open_stream(url, headers=headers, policy=policy) as stream:
+        return Probed(stream.size, stream.etag, {})
 
 
 class Stream(io.RawIOBase):
     """The bytes of a URL from front to back; ``size`` and ``etag`` are what the source says."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, digests: Mapping[str, bytes]) -> None:
         self._source = source
         self._connection = Connection(source.policy)
-        self._digest = hashlib.sha256() if source.sha256 else None
+        self._expected = {**digests, **({"sha256": bytes.fromhex(source.sha256)} if source.sha256 else {})}
+        self._hashes = {name: new_hash(name) for name in self._expected}
         self._at = 0
         self._response = self._trying(lambda: source.body(self._connection, 0, None))
         self.size, self.etag = source.size, source.etag
@@ -52,10 +96,10 @@ class Stream(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         count = self._trying(lambda: self._some(view))
         self._at += count
-        if self._digest is not None:
-            self._digest.update(view[:count])
-            if view and not count and self._digest.hexdigest() != self._source.sha256:
-                raise self._source.error("MODEL_CORRUPT", "the sha256 of what it sent is not the expected one")
+        for name, running in self._hashes.items():
+            running.update(view[:count])
+            if view and not count and running.digest() != self._expected[name]:
+                raise self._source.error("MODEL_CORRUPT", f"the {name} of what it sent is not the expected one")
         return count
 
     def close(self) -> None:

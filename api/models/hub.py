@@ -21,7 +21,7 @@ import msgspec
 from api.errors import ApiError
 from api.models.hub_transfer import Mismatch, RemoteFile, headers, is_transient, retry_after, transfer, transport_error
 from api.models.manifest import FileEntry, OnProgress
-from api.models.names import check_model_id
+from api.models.names import check_model_id, check_revision
 from api.models.select import MODEL_INDEX, Selection, select_files
 
 ID_FIELD = "callInputs.MODEL_ID"
@@ -31,7 +31,6 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 _TRIES = 3
 _PAUSE = 0.5
 _LONGEST_PAUSE = 5
-_REVISION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/+-]*[A-Za-z0-9_+-])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _MEANINGLESS = (ValueError, KeyError, TypeError, AttributeError, msgspec.MsgspecError)
@@ -84,9 +83,10 @@ def resolve(
     from huggingface_hub import HfApi, constants, hf_hub_url
 
     check_model_id(model_id, ID_FIELD)
-    _check_revision(revision)
+    check_revision(revision, REVISION_FIELD)
     token = _check_token(token)
-    address = (endpoint or constants.ENDPOINT).rstrip("/")
+    # HF_ENDPOINT that is set but empty is taken as an address by the library
+    address = (endpoint or constants.ENDPOINT or "https://huggingface.co").rstrip("/")
     hub = _Hub(model_id, address, token)
     with hub.told(reading=True):
         try:
@@ -174,7 +174,7 @@ def cached(model_id: str, revision: str, cache_dir: Path, precision: str = "") -
         ApiError: INVALID_INPUTS for a name that is not safe.
     """
     check_model_id(model_id, ID_FIELD)
-    _check_revision(revision)
+    check_revision(revision, REVISION_FIELD)
     repository = cache_dir / f"models--{model_id.replace('/', '--')}"
     try:
         snapshot = _snapshot(repository, revision)
@@ -324,12 +324,6 @@ def _no_such_revision(hub: _Hub, revision: str) -> ApiError:
         requested=revision,
         available=[*branches, *tags],
     )
-
-
-def _check_revision(revision: str) -> None:
-    if revision and (len(revision) > 200 or not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
-        message = "A revision is a branch, a tag or a commit of the model's repository."
-        raise ApiError("INVALID_INPUTS", message, field=REVISION_FIELD, requested=revision[:200])
 
 
 def _check_token(token: str | None) -> str | None:

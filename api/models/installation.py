@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from api.models.volume import Volume
 
 # what is in staging after one of these must not be built upon
-_SPOILT = ("DISK_FULL", "MODEL_CORRUPT", "ARCHIVE_UNSAFE")
+_SPOILT = ("DISK_FULL", "MODEL_CORRUPT", "MODEL_BROKEN", "ARCHIVE_UNSAFE")
 _IDENTITY = ".identity"
 
 
@@ -40,7 +40,7 @@ class Installation:
     """A context in which one model is put together; ``Volume.install`` makes it.
 
     When it is left without ``commit``, the staging folder stays for the next attempt to resume, except after
-    DISK_FULL, MODEL_CORRUPT and ARCHIVE_UNSAFE. ENOSPC from within becomes DISK_FULL.
+    DISK_FULL, MODEL_CORRUPT, MODEL_BROKEN and ARCHIVE_UNSAFE. ENOSPC from within becomes DISK_FULL.
 
     Attributes:
         key: the model's folder name.

@@ -43,15 +43,13 @@ class LocatedFiles(msgspec.Struct, frozen=True):
             count) or ``sha256:<hex>``; empty where the source says nothing. ``#sha256=`` in the URL
             goes before it.
         variant: as in ``HubFiles``; counts for a folder only, the others have one set of files.
-        config: a checkpoint's CHECKPOINT_CONFIG_URL: the same weights converted with another
-            configuration are another model.
-        config_version: as ``version``, of the configuration.
+        config_version: what identifies a checkpoint's configuration, where one was given: the same weights
+            converted with another one are another model.
     """
 
     location: Location
     version: str = ""
     variant: str = ""
-    config: Location | None = None
     config_version: str = ""
 
 
@@ -79,8 +77,7 @@ def model_key(files: HubFiles | LocatedFiles) -> str:
         readable = _name_of(where)
         identity = ["url", where.identity, _version(where, files.version), variant]
         if where.kind == "checkpoint":
-            config = files.config
-            identity += [config.identity, _version(config, files.config_version)] if config else [None, ""]
+            identity.append(files.config_version)
     # JSON keeps the parts apart whatever they hold
     digest = hashlib.sha256(msgspec.json.encode(identity)).hexdigest()[:_DIGITS]
     return f"{_readable(readable)}@{digest}" + (f"-{variant}" if variant else "")
@@ -89,6 +86,11 @@ def model_key(files: HubFiles | LocatedFiles) -> str:
 def is_key(name: str) -> bool:
     """Whether a folder's name can have come from ``model_key``."""
     return KEY.fullmatch(name) is not None
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a full commit, which means the same files for ever."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 def _version(location: Location, version: str) -> str:
@@ -111,3 +113,9 @@ def _readable(name: str) -> str:
     lowered = re.sub(r"%[0-9A-Fa-f]{2}", "-", name).replace("/", "--").lower()
     safe = re.sub(r"[^a-z0-9._-]+", "-", lowered)
     return re.sub(r"\.\.+", ".", safe).lstrip("._-")[:_READABLE].rstrip("._-") or "model"
+
+
+def adopted_key(folder: str) -> str:
+    """The key of a model that another program left in a folder of that name."""
+    digest = hashlib.sha256(msgspec.json.encode(["folder", folder])).hexdigest()[:_DIGITS]
+    return f"{_readable(folder.removeprefix('models--'))}@{digest}"

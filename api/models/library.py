@@ -1,185 +1,257 @@
-"""The models that can be served: those bundled with the repository and those under MODELS_DIR."""
+"""Finds models that are here already: in the image, on the volume, in folders and caches that others fill.
+
+No network, whatever is asked for.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
 
 from api.errors import ApiError
-from api.models.names import check_model_id, folder_name, is_model_id, model_id_of
+from api.models import hub
+from api.models.description import InstalledModel, describe, is_model
+from api.models.keys import HubFiles, is_commit, is_key, model_key
+from api.models.locations import normalized_model_id
+from api.models.manifest import MANIFEST_NAME, Manifest, missing_parts, read_manifest
+from api.models.names import folder_name, is_model_id, model_id_of
+from api.models.records import Records
+from api.models.refs import SourceRef
+from api.models.safetensors_check import safetensors_problem
+from api.models.volume import InstalledEntry, Volume
 from api.settings import BUNDLED_MODELS, Settings
 
 BUNDLED_ORG = "demo"
-_WHOLE_FILE = 16 * 2**20
-_ENDS = 64 * 2**10
+_MOMENT = 5.0
+"""Seconds for which an answer is believed without looking at the records again."""
+_NOTE_USE = 60.0
+"""Seconds between two notes of a model's use."""
 
 
-class InstalledModel(msgspec.Struct, frozen=True):
-    """What a model's configuration files say, read before any of its weights.
+class _Known(NamedTuple):
+    """A model that was read, and the times of what would change with it."""
 
-    Attributes:
-        model_id: its name.
-        folder: where it lies.
-        revision: fingerprint of its files.
-        class_name: the pipeline class it was saved as.
-        components: names of the parts that are there.
-        scheduler: class name of the model's own scheduler.
-        size_multiple: widths and heights must be divisible by this.
-        text_layers: hidden layers of its (first) text encoder, 0 without one.
-        default_size: side length in pixels it makes when none is asked for, where known.
-        bytes: size of its weights on disk.
-    """
+    times: tuple[int, int]
+    model: InstalledModel
 
-    model_id: str
-    folder: Path
-    revision: str
-    class_name: str
-    components: frozenset[str]
-    scheduler: str
-    size_multiple: int
-    text_layers: int
-    default_size: int | None
-    bytes: int
+
+class _Answer(NamedTuple):
+    """What a ref was answered with, for a while."""
+
+    times: tuple[int, int]
+    model: InstalledModel
+    until: float
 
 
 class Library:
-    """Finds installed models.
+    """What is here.
 
     Args:
-        settings: gives MODELS_DIR.
+        settings: says where to look.
+
+    Attributes:
+        volume: the one that models are installed on.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._models_dir = settings.models_dir
-        self._known: set[str] = set()
-        self._read: dict[Path, tuple[int, InstalledModel]] = {}
+        self._settings = settings
+        self.volume = Volume(settings.models_dir, _limit(settings))
+        self._volumes = [self.volume, Volume(settings.baked_models_dir, None)]
+        self._records = [Records(volume.root) for volume in self._volumes]
+        self._known: dict[Path, _Known] = {}
+        self._answers: dict[str, _Answer] = {}
+        self._used: dict[str, float] = {}
 
-    def find(self, model_id: str, field: str = "callInputs.MODEL_ID") -> InstalledModel:
-        """Look a model up by name.
+    def find(self, ref: SourceRef) -> InstalledModel | None:
+        """The model that a ref means, if it is here.
 
         Raises:
-            ApiError: INVALID_INPUTS for an unsafe name, MODEL_NOT_FOUND, MODEL_BROKEN.
+            ApiError: MODEL_BROKEN: it is here and cannot be read.
         """
-        check_model_id(model_id, field)
-        org, _, name = model_id.rpartition("/")
-        for folder in ([BUNDLED_MODELS / name] if org == BUNDLED_ORG else []) + [
-            self._models_dir / folder_name(model_id)
-        ]:
-            if _is_model(folder):
-                return self._inspect(model_id, folder)
-        raise ApiError(
-            "MODEL_NOT_FOUND",
-            f'"{model_id}" is not installed here. Save it with diffusers as {folder_name(model_id)}/ in MODELS_DIR.',
-            field=field,
-            requested=model_id,
-            available=self.names(),
-        )
+        found = self._local(ref) if ref.is_local else None
+        found = found or self._installed(ref) or (self._cached(ref) if ref.is_plain else None)
+        found = found or (self._left_behind(ref) if ref.is_local else None)
+        if found is not None:
+            with contextlib.suppress(OSError):
+                self._answers[ref.name] = _Answer(_times(found.folder), found, time.monotonic() + _MOMENT)
+        return found
 
-    def has_read(self, model_id: str) -> bool:
-        """Whether ``find`` will answer without reading more than two file times."""
-        return model_id in self._known
+    def recall(self, ref: SourceRef) -> InstalledModel | None:
+        """What ``find`` said a moment ago, if that is still there: quick enough for every request.
+
+        Only a moment: the command line and other containers pull, remove and adopt models, too.
+        """
+        answer = self._answers.get(ref.name)
+        with contextlib.suppress(OSError):
+            if answer and time.monotonic() < answer.until and answer.times == _times(answer.model.folder):
+                self._use(answer.model)
+                return answer.model
+        return None
+
+    def find_by_name(self, ref: SourceRef) -> InstalledModel | None:
+        """The one installed model that the ref can mean: for when its source cannot be asked.
+
+        What a request installed from an address of its own choice has the name that the request gave it, and that
+        proves nothing: it counts only if the operator chose it, or if it is the named repository's on the hub.
+
+        Raises:
+            ApiError: MODEL_BROKEN.
+        """
+        found = [
+            (volume, entry.key, entry.manifest)
+            for volume in self._volumes
+            for entry in volume.list()
+            if (_is_of_repo(entry, ref.repo) or (entry.manifest.trusted and entry.manifest.model_id == ref.model_id))
+            and entry.manifest.variant in ("", ref.variant)
+            and ref.revision in ("", entry.manifest.revision)
+        ]
+        return self._take(*found[0], ref.model_id) if len(found) == 1 and ref.is_local else None
 
     def names(self) -> list[str]:
-        """Every model that can be asked for."""
-        bundled = [f"{BUNDLED_ORG}/{folder.name}" for folder in _folders(BUNDLED_MODELS)]
-        installed = [model_id_of(folder.name) for folder in _folders(self._models_dir)]
-        return sorted({name for name in bundled + installed if is_model_id(name)})
+        """Every model that can be asked for by its id."""
+        return sorted({model_id for model_id, _ in self._plain_folders()} | {m.model_id for _, _, m in self._listed()})
 
     def all(self) -> list[InstalledModel]:
         """Every model that can be read; broken ones are left out."""
-        found = []
-        for name in self.names():
-            try:
-                found.append(self.find(name))
-            except ApiError:
-                continue
-        return found
+        found: dict[str, InstalledModel] = {}
+        for model_id, folder in self._plain_folders():
+            with contextlib.suppress(ApiError):
+                found.setdefault(model_id, self._inspect(model_id, folder))
+        for volume, key, manifest in self._listed():
+            with contextlib.suppress(ApiError):
+                found.setdefault(key, self._take(volume, key, manifest, manifest.model_id))
+        return sorted(found.values(), key=lambda model: (model.model_id, model.key))
 
-    def _inspect(self, model_id: str, folder: Path) -> InstalledModel:
+    def folder_of(self, model_id: str) -> tuple[Path, str] | None:
+        """Folder and revision of the model of that id."""
+        if not is_model_id(model_id):
+            return None
+        model = self.find(SourceRef(model_id, model_id)) or self.find_by_name(SourceRef(model_id, model_id))
+        return (model.folder, model.revision) if model else None
+
+    def _use(self, model: InstalledModel) -> None:
+        """Note the use of a model now and then: what is used least recently makes room first."""
+        now = time.monotonic()
+        if model.key and now - self._used.get(model.key, -_NOTE_USE) >= _NOTE_USE:
+            self._used[model.key] = now
+            with contextlib.suppress(OSError):
+                os.utime(model.folder / MANIFEST_NAME)
+
+    def _local(self, ref: SourceRef) -> InstalledModel | None:
+        """A folder that somebody put there by hand."""
+        for folder in self._places(ref.model_id):
+            if is_model(folder) and not (folder / MANIFEST_NAME).exists():
+                model = self._inspect(ref.model_id, folder)
+                if ref.revision in ("", model.revision):
+                    return model
+        return None
+
+    def _places(self, model_id: str) -> Iterator[Path]:
+        org, _, name = model_id.rpartition("/")
+        if org == BUNDLED_ORG:
+            yield BUNDLED_MODELS / name
+        yield self.volume.root / folder_name(model_id)
+        for root in self._settings.local_models:
+            yield root / model_id
+            yield root / folder_name(model_id)
+
+    def _installed(self, ref: SourceRef) -> InstalledModel | None:
+        for volume, records in zip(self._volumes, self._records, strict=True):
+            key = records.find(ref)
+            if key is None and ref.is_plain and is_commit(ref.revision):
+                key = model_key(HubFiles(ref.repo, ref.revision, ref.variant))
+            # a record is a file on a volume that others write to as well
+            folder = volume.find(key) if key is not None and is_key(key) else None
+            manifest = read_manifest(folder) if folder else None
+            if key is not None and manifest is not None:
+                return self._take(volume, key, manifest, ref.model_id)
+        return None
+
+    def _cached(self, ref: SourceRef) -> InstalledModel | None:
+        for cache in self._settings.hub_caches:
+            snapshot = hub.cached(ref.repo, ref.revision, cache, ref.precision)
+            weights = list(snapshot.rglob("*.safetensors")) if snapshot else []
+            if snapshot and weights and not any(safetensors_problem(path) for path in weights):
+                return self._inspect(ref.model_id, snapshot, revision=snapshot.name)
+        return None
+
+    def _left_behind(self, ref: SourceRef) -> InstalledModel | None:
+        """What docker-diffusers-api left on a volume that cannot be written, so that it cannot be taken over."""
+        folder = self.volume.root / normalized_model_id(ref.model_id, ref.revision)
+        if folder.parent != self.volume.root or not is_model(folder) or os.access(self.volume.root, os.W_OK):
+            return None
+        if missing_parts(folder) or any(safetensors_problem(path) for path in folder.rglob("*.safetensors")):
+            return None
+        return self._inspect(ref.model_id, folder)
+
+    def _plain_folders(self) -> Iterator[tuple[str, Path]]:
+        """Folders that were put there by hand, with the ids that they can be asked for by."""
+        places = [(f"{BUNDLED_ORG}/{folder.name}", folder) for folder in _folders(BUNDLED_MODELS)]
+        for root in (self.volume.root, *self._settings.local_models):
+            for folder in _folders(root):
+                places.append((model_id_of(folder.name), folder))
+                if root in self._settings.local_models:
+                    places += [(f"{folder.name}/{inner.name}", inner) for inner in _folders(folder)]
+        for model_id, folder in places:
+            if is_model_id(model_id) and is_model(folder) and not (folder / MANIFEST_NAME).exists():
+                yield model_id, folder
+
+    def _listed(self) -> Iterator[tuple[Volume, str, Manifest]]:
+        for volume in self._volumes:
+            for entry in volume.list():
+                yield volume, entry.key, entry.manifest
+
+    def _take(self, volume: Volume, key: str, manifest: Manifest, model_id: str) -> InstalledModel:
+        return self._inspect(model_id, volume.root / key, manifest.revision, key, manifest.source)
+
+    def _inspect(
+        self, model_id: str, folder: Path, revision: str = "", key: str = "", source: str = ""
+    ) -> InstalledModel:
+        folder = folder.resolve()
         try:
-            changed = max(p.stat().st_mtime_ns for p in (folder, folder / "model_index.json"))
-            cached = self._read.get(folder)
-            if cached and cached[0] == changed:
-                return cached[1]
-            model = _read_folder(model_id, folder)
-        except (OSError, msgspec.DecodeError, LookupError, TypeError, ValueError) as fault:
-            raise ApiError(
-                "MODEL_BROKEN",
-                f'The folder of "{model_id}" is not a complete diffusers model ({type(fault).__name__}: {fault}).',
-                field="callInputs.MODEL_ID",
-                requested=model_id,
-            ) from fault
-        self._read[folder] = (changed, model)
-        self._known.add(model_id)
-        return model
+            times = _times(folder)
+        except OSError:
+            times = (0, 0)  # what it lacks is told by reading it
+        known = self._known.get(folder)
+        if known is None or known.times != times:
+            known = _Known(times, describe(model_id, folder, revision=revision, key=key, source=source))
+            self._known[folder] = known
+        if known.model.model_id == model_id:
+            return known.model
+        return msgspec.structs.replace(known.model, model_id=model_id)
 
 
-def _is_model(folder: Path) -> bool:
-    """Whether a folder is one of a model; one that may not be looked into is none."""
-    try:
-        return (folder / "model_index.json").is_file()
-    except OSError:
+def _is_of_repo(entry: InstalledEntry, repo: str) -> bool:
+    """Whether an installed model is that repository's: its key says so, which nobody can choose."""
+    manifest = entry.manifest
+    if not is_commit(manifest.revision):
         return False
+    return entry.key == model_key(HubFiles(repo, manifest.revision, manifest.variant))
+
+
+def _limit(settings: Settings) -> int | None:
+    limit = settings.volume_limit
+    if not isinstance(limit, float):
+        return limit
+    root = settings.models_dir
+    while not root.exists():
+        root = root.parent
+    return int(shutil.disk_usage(root).total * limit)
+
+
+def _times(folder: Path) -> tuple[int, int]:
+    return folder.stat().st_mtime_ns, (folder / "model_index.json").stat().st_mtime_ns
 
 
 def _folders(root: Path) -> list[Path]:
     try:
-        return [folder for folder in root.iterdir() if not folder.name.startswith(".") and _is_model(folder)]
+        return sorted(f for f in root.iterdir() if not f.name.startswith(".") and f.is_dir())
     except OSError:
         return []
-
-
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.is_file() else {}
-
-
-def _read_folder(model_id: str, folder: Path) -> InstalledModel:
-    index = msgspec.json.decode((folder / "model_index.json").read_bytes(), type=dict[str, Any])
-    components = {
-        name: value
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value != [None, None]
-    }
-    for name, (_, class_name) in components.items():
-        if not isinstance(class_name, str):
-            raise TypeError(f"{name} names no class")
-        if not (folder / name).is_dir():
-            raise ValueError(f"{name} ({class_name}) is missing")
-    vae = _config(folder, "vae/config.json")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else 8
-    denoiser = _config(folder, "transformer/config.json") or _config(folder, "unet/config.json")
-    sample = denoiser.get("sample_size")
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return InstalledModel(
-        model_id=model_id,
-        folder=folder.resolve(),
-        revision=_fingerprint(folder, files),
-        class_name=index["_class_name"],
-        components=frozenset(components),
-        scheduler=components["scheduler"][1],
-        # a transformer works on 2x2 patches of latents; a UNet pipeline asks for multiples of 8
-        size_multiple=factor * 2 if "transformer" in components else max(8, factor),
-        text_layers=int(_config(folder, "text_encoder/config.json").get("num_hidden_layers", 0)),
-        default_size=sample * factor if isinstance(sample, int) else None,
-        bytes=sum(p.stat().st_size for p in files if p.suffix in (".safetensors", ".bin")),
-    )
-
-
-def _fingerprint(folder: Path, files: list[Path]) -> str:
-    """Twelve hex digits of SHA-256 over names, sizes and contents (the ends of large files)."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= _WHOLE_FILE:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(_ENDS))
-                file.seek(-_ENDS, 2)
-                digest.update(file.read(_ENDS))
-    return digest.hexdigest()[:12]

@@ -60,6 +60,7 @@ class Manifest(msgspec.Struct, frozen=True):
         files: every file, without the manifest itself.
         verified: the hashes were compared with what the source gave.
         installed: ISO 8601, UTC.
+        trusted: the operator named the source, not a request.
         format: of this description.
     """
 
@@ -70,6 +71,7 @@ class Manifest(msgspec.Struct, frozen=True):
     files: tuple[FileEntry, ...]
     verified: bool
     installed: str
+    trusted: bool = False
     format: int = _FORMAT
 
 

@@ -7,6 +7,7 @@ import re
 from api.errors import ApiError
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_REVISION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/+-]*[A-Za-z0-9_+-])?")
 _MODEL_ID = re.compile(rf"{_PART}(?:/{_PART})?")
 
 
@@ -34,6 +35,18 @@ def check_model_id(model_id: str, field: str) -> str:
             requested=model_id,
         )
     return model_id
+
+
+def check_revision(revision: str, field: str) -> str:
+    """Return the revision if it can be one: a branch, a tag, a commit or a fingerprint, as git allows them or stricter.
+
+    Raises:
+        ApiError: INVALID_INPUTS.
+    """
+    if revision and (len(revision) > 200 or not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
+        message = "A revision is a branch, a tag or a commit of the model's repository."
+        raise ApiError("INVALID_INPUTS", message, field=field, requested=revision[:200])
+    return revision
 
 
 def folder_name(model_id: str) -> str:

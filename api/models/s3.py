@@ -51,6 +51,11 @@ class RemoteFile(msgspec.Struct, frozen=True):
     md5: str | None = None
     crc32: str | None = None
 
+    @property
+    def digests(self) -> dict[str, bytes]:
+        """The digests beside the sha256, by algorithm."""
+        return {name: bytes.fromhex(value) for name, value in (("md5", self.md5), ("crc32", self.crc32)) if value}
+
 
 class Plan(msgspec.Struct, frozen=True):
     """What is to be fetched.

@@ -34,6 +34,7 @@ class Access:
         region: empty: what the endpoint's name says, else the profile's, else ``DEFAULT_REGION``.
         addressing_style: ``path`` (host/bucket), ``virtual`` (bucket.host) or ``auto``: virtual for AWS,
             path elsewhere.
+        anonymous: sign nothing, whatever keys there are.
     """
 
     access_key: str = field(default="", repr=False)
@@ -41,6 +42,7 @@ class Access:
     session_token: str = field(default="", repr=False)
     region: str = ""
     addressing_style: str = "auto"
+    anonymous: bool = False
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Access:
@@ -87,7 +89,7 @@ def connect(location: Location, access: Access | None = None, *, region: str = "
             aws_session_token=(access.session_token or None) if access.access_key else None,
         )
         named = _ENDPOINT_REGION.search(urlsplit(endpoint or "").hostname or "")
-        signed = session.get_credentials() is not None
+        signed = not access.anonymous and session.get_credentials() is not None
         config = Config(
             signature_version="s3v4" if signed else UNSIGNED,
             s3={"addressing_style": style},

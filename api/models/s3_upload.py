@@ -85,6 +85,11 @@ def upload(
     return plan
 
 
+def can_upload_folder(location: Location) -> bool:
+    """Whether a model's folder can be put there: into a prefix, or as ``.tar.zst``."""
+    return location.source == "s3" and (location.kind == "prefix" or location.archive_kind == "tar.zst")
+
+
 class _Stopped(Exception):
     """Ends a transfer. What ended it may be no ``Exception``, and the transfer manager hangs on those."""
 

@@ -136,7 +136,16 @@ class Volume:
         self._folder(key)
         return Installation(self, key, accept, on_wait)
 
-    def adopt(self, folder: Path, key: str, model_id: str, *, source: str = "", variant: str = "") -> Path:
+    def adopt(
+        self,
+        folder: Path,
+        key: str,
+        model_id: str,
+        *,
+        source: str = "",
+        variant: str = "",
+        prepare: Callable[[], None] = lambda: None,
+    ) -> Path:
         """Take over a diffusers folder that something else saved, such as an old ``models--org--name``.
 
         It is checked, hashed, and renamed; what is wrong with it leaves it as it was. ``verified`` is False.
@@ -147,6 +156,7 @@ class Volume:
             model_id: the model's name.
             source: where it came from; its own name by default.
             variant: which weight files it has.
+            prepare: called before it is looked at, while nobody else takes it over.
 
         Returns:
             The model's folder.
@@ -162,6 +172,7 @@ class Volume:
         try:
             if found := self.find(key):
                 return found
+            prepare()
             problems = [
                 f"{path} is not a plain file"
                 for path, status in walk(folder)
@@ -178,6 +189,12 @@ class Volume:
             return self.place(folder, key, manifest)
         finally:
             lock.release()
+
+    def capacity(self) -> int:
+        """Bytes that models could take if there were no others."""
+        self.prepare()
+        total = shutil.disk_usage(self.root).total - self.keep_free
+        return total if self.limit is None else min(total, self.limit)
 
     def reserve(
         self, bytes_needed: int, leased: Callable[[], set[str]], installation: Installation | None = None

@@ -25,7 +25,7 @@ class ModelRef(msgspec.Struct, frozen=True):
     @property
     def key(self) -> str:
         """Two refs with the same key mean the same weights in the same precision."""
-        return f"{self.model_id}@{self.revision}:{self.precision}"
+        return f"{self.folder}@{self.revision}:{self.precision}"
 
 
 class Picture(msgspec.Struct, frozen=True):

@@ -7,20 +7,52 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from api.errors import ApiError
-from api.models.library import InstalledModel, Library
+from api.models.description import InstalledModel
+from api.models.library import Library
+from api.models.refs import SourceRef, read_ref
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, Input, catalogue, nearest
 from api.schema.generation import GenerationRequest, ModelRef, Picture
+from api.schema.transfers import Transfer
 from api.service import inputs as checks
+from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
 from api.service.pictures import read_picture
 from api.settings import Settings
 
-PRECISIONS = ("fp32", "fp16", "bf16")
 FORMATS = ("PNG", "JPEG", "WEBP")
 _MAX_DRAWN_SEED = 2**32
+
+
+class Admitted(NamedTuple):
+    """A request that can run, its checked options, and what fetching its model took, in milliseconds by phase."""
+
+    request: GenerationRequest
+    options: dict[str, Any]
+    timings: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A request whose pictures have not been read."""
+
+    options: dict[str, Any]
+    model: InstalledModel
+    ref: ModelRef
+    requested: str
+    pipeline: str
+    scheduler: str
+    image_format: str
+    quality: int
+    accepted: dict[str, Input]
+    given: dict[str, Any]
+    images: int
+    seed: int | list[int]
+    callback_steps: int | None
 
 
 class Admission:
@@ -29,40 +61,82 @@ class Admission:
     Args:
         settings: defaults and limits.
         library: the models there are.
+        fetcher: gets those that are not there.
         has_gpu: a CPU computes in fp32 whatever is asked for, so other precisions mean the same there.
     """
 
-    def __init__(self, settings: Settings, library: Library, has_gpu: bool) -> None:
+    def __init__(self, settings: Settings, library: Library, fetcher: Fetcher, has_gpu: bool) -> None:
         self._settings = settings
         self._library = library
+        self._fetcher = fetcher
         self._has_gpu = has_gpu
 
-    def default_refs(self) -> list[ModelRef]:
-        """The models to have in memory before the first request."""
-        names = [name for name in (self._settings.model_id, *self._settings.warm_models) if name]
-        return [self._ref(self._library.find(name, "MODEL_ID"), {}) for name in dict.fromkeys(names)]
+    def default_refs(self) -> list[SourceRef]:
+        """The models to have in memory before the first request.
+
+        Raises:
+            ApiError: INVALID_INPUTS: MODEL_ID, MODEL_URL or one of their like cannot be used.
+        """
+        named = [{"MODEL_ID": name} for name in self._settings.warm_models]
+        refs = [read_ref(options, self._settings) for options in [{}, *named]]
+        return list({ref.name: ref for ref in refs if ref is not None}.values())
+
+    def model_ref(self, model: InstalledModel, ref: SourceRef) -> ModelRef:
+        """What a worker is told to load."""
+        precision = (ref.precision or "fp32") if self._has_gpu else "fp32"
+        return ModelRef(model.model_id, model.revision, precision, str(model.folder))
 
     async def admit(
-        self, request_id: str, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
-    ) -> tuple[GenerationRequest, dict[str, Any]]:
-        """Validate one request.
+        self,
+        request_id: str,
+        model_inputs: dict[str, Any],
+        call_inputs: dict[str, Any],
+        on_event: Callable[[Transfer], None] | None = None,
+    ) -> Admitted:
+        """Validate one request, and wait for its model where that is not here yet.
 
         Args:
             request_id: what the client and the log know it by.
             model_inputs: the wire's ``modelInputs``.
             call_inputs: the wire's ``callInputs``.
-
-        Returns:
-            The request and its checked options.
+            on_event: called with what happens while the model is fetched.
 
         Raises:
             ApiError: the first thing that is wrong.
         """
         options = check_options(call_inputs)
-        if self._library.has_read(options.get("MODEL_ID") or self._settings.model_id):
-            model = self._model(options)
-        else:
-            model = await asyncio.to_thread(self._model, options)
+        ref = read_ref(options, self._settings)
+        if ref is None:
+            raise ApiError(
+                "NO_MODEL_ID",
+                "No model was named and this server has no default.",
+                field="callInputs.MODEL_ID",
+                available=self._library.names(),
+            )
+        pictures: dict[str, Picture] = {}
+
+        async def check(model: InstalledModel) -> _Draft:
+            draft = self._check(model, options, model_inputs, ref)
+            if not pictures:  # read once, also where it is checked before the model is fetched and after
+                pictures.update(await self._pictures(draft, model_inputs))
+            _fill_size(draft.given, draft.accepted, model, pictures.get("image"))
+            checks.check_size(draft.given, model, self._settings)
+            return draft
+
+        found = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
+        fetched = Fetched(found, {}) if found else None
+        if fetched is None:
+            check_early(options, model_inputs)
+            fetched = await self._fetcher.ensure(ref, check, on_event)
+        with self._fetcher.hold(fetched.model):
+            draft = await check(fetched.model)
+            request = self._complete(request_id, draft, pictures, ref)
+        return Admitted(request, {**options, "callback_steps": draft.callback_steps}, fetched.timings)
+
+    def _check(
+        self, model: InstalledModel, options: dict[str, Any], model_inputs: dict[str, Any], ref: SourceRef
+    ) -> _Draft:
+        """Everything that can be said once the model's configuration is at hand."""
         requested, pipeline = self._pipeline(options, model_inputs, model)
         scheduler = self._scheduler(options, model)
         image_format, quality = _image_format(options)
@@ -76,79 +150,68 @@ class Admission:
         callback_steps = sent.get("callback_steps")
         if callback_steps is not None and (not isinstance(callback_steps, int) or callback_steps < 1):
             raise ApiError("INVALID_INPUTS", "Must be a whole number, at least 1.", field="modelInputs.callback_steps")
-        pictures = await self._pictures(given, accepted, bool(options.get("is_url")), model_inputs)
-        _fill_size(given, accepted, model, pictures.get("image"))
-        checks.check_size(given, model, self._settings)
+        return _Draft(
+            options=options,
+            model=model,
+            ref=self.model_ref(model, ref),
+            requested=requested,
+            pipeline=pipeline,
+            scheduler=scheduler,
+            image_format=image_format,
+            quality=quality,
+            accepted=accepted,
+            given=given,
+            images=images,
+            seed=seed,
+            callback_steps=callback_steps,
+        )
+
+    def _complete(
+        self, request_id: str, draft: _Draft, pictures: dict[str, Picture], source: SourceRef
+    ) -> GenerationRequest:
+        options, given, ref, seed = draft.options, draft.given, draft.ref, draft.seed
         plain = {name: value for name, value in given.items() if name not in checks.IMAGES}
-        ref = self._ref(model, options)
         repeat = {**plain, "seed": seed, **{name: f"sha256:{picture.sha256}" for name, picture in pictures.items()}}
         meta = {
             "MODEL_ID": ref.model_id,
-            "MODEL_REVISION": ref.revision,
+            # what lies at a URL has no revision that could be asked for; source_version says what it was
+            "MODEL_REVISION": ref.revision if source.is_plain else source.revision,
             "MODEL_PRECISION": ref.precision,
-            "PIPELINE": requested,
-            "SCHEDULER": scheduler,
-            "pipeline": pipeline,
+            "PIPELINE": draft.requested,
+            "SCHEDULER": draft.scheduler,
+            "pipeline": draft.pipeline,
             "modelInputs": repeat,
-            "image_format": image_format,
-            "image_quality": quality,
+            "image_format": draft.image_format,
+            "image_quality": draft.quality,
             "safety_checker": options.get("safety_checker", True),
         }
+        for name, place in (("MODEL_URL", source.url), ("CHECKPOINT_URL", source.checkpoint)):
+            if place:
+                meta[name] = str(place)
+        if source.config and not source.config.startswith(("http:", "https:")):
+            meta["CHECKPOINT_CONFIG_URL"] = source.config
+        if draft.model.source:
+            meta["source"] = draft.model.source
+            meta["source_version"] = ref.revision
         if "startRequestId" in options:
             meta["startRequestId"] = options["startRequestId"]
         wants_xformers = options.get("xformers_memory_efficient_attention", self._settings.attention == "xformers")
-        request = GenerationRequest(
+        return GenerationRequest(
             id=secrets.token_hex(8),
             request_id=request_id,
             model=ref,
-            pipeline=pipeline,
-            scheduler=scheduler,
+            pipeline=draft.pipeline,
+            scheduler=draft.scheduler,
             inputs=plain,
             pictures=pictures,
             seed=seed,
-            images=images,
-            image_format=image_format,
-            image_quality=quality,
+            images=draft.images,
+            image_format=draft.image_format,
+            image_quality=draft.quality,
             attention="xformers" if wants_xformers else "sdpa",
             safety_checker=options.get("safety_checker", True),
             meta=meta,
         )
-        return request, {**options, "callback_steps": callback_steps}
-
-    def _model(self, options: dict[str, Any]) -> InstalledModel:
-        named = options.get("MODEL_ID")
-        model_id = named or self._settings.model_id
-        if not model_id:
-            raise ApiError(
-                "NO_MODEL_ID",
-                "No model was named and this server has no default.",
-                field="callInputs.MODEL_ID",
-                available=self._library.names(),
-            )
-        model = self._library.find(model_id)
-        revision = options.get("MODEL_REVISION") or ("" if named else self._settings.model_revision)
-        if revision and revision != model.revision:
-            raise ApiError(
-                "MODEL_NOT_FOUND",
-                f'"{model_id}" is installed here in another revision.',
-                field="callInputs.MODEL_REVISION",
-                requested=revision,
-                available=[model.revision],
-            )
-        return model
-
-    def _ref(self, model: InstalledModel, options: dict[str, Any]) -> ModelRef:
-        named = options.get("MODEL_PRECISION")
-        if named is not None and named not in PRECISIONS:
-            raise ApiError(
-                "INVALID_INPUTS",
-                "Not a precision.",
-                field="callInputs.MODEL_PRECISION",
-                requested=named,
-                available=list(PRECISIONS),
-            )
-        precision = (named or self._settings.model_precision or "fp32") if self._has_gpu else "fp32"
-        return ModelRef(model.model_id, model.revision, precision, str(model.folder))
 
     def _pipeline(
         self, options: dict[str, Any], model_inputs: dict[str, Any], model: InstalledModel
@@ -202,10 +265,9 @@ class Admission:
             available=compatible,
         )
 
-    async def _pictures(
-        self, given: dict[str, Any], accepted: dict[str, Input], is_url: bool, model_inputs: dict[str, Any]
-    ) -> dict[str, Picture]:
-        names = [name for name in accepted if name in checks.IMAGES]
+    async def _pictures(self, draft: _Draft, model_inputs: dict[str, Any]) -> dict[str, Picture]:
+        given, is_url = draft.given, bool(draft.options.get("is_url"))
+        names = [name for name in draft.accepted if name in checks.IMAGES]
         for name in names:
             if given.get(name) is None:
                 raise ApiError("MISSING_INPUT", "This pipeline needs an image.", field=f"modelInputs.{name}")
@@ -216,6 +278,29 @@ class Admission:
             return await read_picture(given[name], f"modelInputs.{old}", mode, is_url, self._settings)
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+
+def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
+    """What can be said of a request before anything is known of its model.
+
+    Raises:
+        ApiError: NO_SUCH_PIPELINE, NO_SUCH_SCHEDULER, UNKNOWN_INPUT, INVALID_INPUTS.
+    """
+    _image_format(options)
+    known = catalogue()
+    pipeline, scheduler = options.get("PIPELINE"), options.get("SCHEDULER")
+    if pipeline and pipeline != "ALL" and pipeline not in AUTO and pipeline not in known.pipeline_names:
+        hint = nearest(pipeline, [*AUTO, *known.pipeline_names])
+        message = f"diffusers {known.diffusers} has no such pipeline.{hint}"
+        raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=pipeline)
+    if scheduler and scheduler not in known.schedulers:
+        message = f"diffusers {known.diffusers} has no such scheduler.{nearest(scheduler, list(known.schedulers))}"
+        raise ApiError("NO_SUCH_SCHEDULER", message, field="callInputs.SCHEDULER", requested=scheduler)
+    names = {name for accepted in known.pipelines.values() for name in accepted}
+    for name in model_inputs:
+        if name not in names and name not in checks.ALIASES and name not in checks.OURS:
+            message = f"No pipeline has such an input.{nearest(name, sorted(names))}"
+            raise ApiError("UNKNOWN_INPUT", message, field=f"modelInputs.{name[:200]}")
 
 
 def _image_format(options: dict[str, Any]) -> tuple[str, int]:

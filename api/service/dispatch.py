@@ -31,15 +31,20 @@ class Dispatcher:
     Args:
         settings: the size of the queue, timeouts.
         devices: one worker is started for each.
-        warm: models that every worker loads at start.
+
+    Attributes:
+        initializing: models that are to be in memory from the start are still being fetched.
+        expected: requests that wait for their model to be fetched: they count as queued.
     """
 
-    def __init__(self, settings: Settings, devices: tuple[str, ...], warm: list[ModelRef]) -> None:
+    def __init__(self, settings: Settings, devices: tuple[str, ...]) -> None:
         self._settings = settings
         self._queue: deque[Job] = deque()
+        self.initializing = False
+        self.expected = 0
+        self._warm: list[Load] = []
         self._jobs: dict[str, Job] = {}
-        loads = [Load(ref) for ref in warm]
-        self.workers = [Worker(device, loads, self._on_message, self._on_state) for device in devices]
+        self.workers = [Worker(device, self._on_message, self._on_state) for device in devices]
         self._seconds = _FIRST_GUESS
         self.draining = False
 
@@ -73,9 +78,21 @@ class Dispatcher:
         if all(worker.defunct for worker in self.workers):
             return "DEFUNCT"
         ready = [worker for worker in self.workers if worker.ready]
-        if not ready:
+        if not ready or self.initializing:
             return "STARTING"
         return "BUSY" if all(worker.running for worker in ready) else "READY"
+
+    def warm(self, ref: ModelRef) -> None:
+        """Load a model on every worker, now and whenever one starts again."""
+        load = Load(ref)
+        self._warm.append(load)
+        for worker in self.workers:
+            worker.warm(load)
+
+    def folders(self) -> set[str]:
+        """Names of the folders that jobs and warm models need. May be called from any thread."""
+        refs = [job.request.model for job in list(self._jobs.values())] + [load.model for load in list(self._warm)]
+        return {ref.folder.rpartition("/")[2] for ref in refs}
 
     def check_room(self) -> None:
         """Say no early.
@@ -87,9 +104,10 @@ class Dispatcher:
             raise ApiError("NOT_READY", "The server is shutting down.")
         if self.state == "DEFUNCT":
             raise ApiError("NOT_READY", "The workers do not start; the server's log says why.")
-        if len(self._queue) >= self._settings.max_queue:
-            wait = max(1, math.ceil(len(self._queue) * self._seconds / max(1, len(self.workers))))
-            message = f"{len(self._queue)} requests are waiting, as many as MAX_QUEUE allows."
+        waiting = len(self._queue) + self.expected
+        if waiting >= self._settings.max_queue:
+            wait = max(1, math.ceil(waiting * self._seconds / max(1, len(self.workers))))
+            message = f"{waiting} requests are waiting, as many as MAX_QUEUE allows."
             raise ApiError("QUEUE_FULL", message, retry_after=wait)
 
     def submit(self, job: Job) -> None:

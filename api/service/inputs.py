@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from api.errors import ApiError
-from api.models.library import InstalledModel
+from api.models.description import InstalledModel
 from api.schema.catalogue import Input, nearest
 from api.settings import Settings
 

@@ -41,6 +41,7 @@ class Job:
     Args:
         request: what is to be done.
         on_event: called with what the worker reports on the way.
+        timings: milliseconds by phase of what came before, to be told with the result.
 
     Attributes:
         framed: the message that gives it to a worker.
@@ -49,8 +50,14 @@ class Job:
         ApiError: INVALID_INPUTS when an input cannot be handed to a worker.
     """
 
-    def __init__(self, request: GenerationRequest, on_event: Callable[[Phase | Progress], None] | None = None) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        on_event: Callable[[Phase | Progress], None] | None = None,
+        timings: dict[str, int] | None = None,
+    ) -> None:
         self.request = request
+        self._timings = timings or {}
         self.framed = _frame(request, events=on_event is not None)
         self.state = JobState.IN_QUEUE
         self.tries = 0
@@ -88,6 +95,7 @@ class Job:
         """End well. Does nothing if the job is already over."""
         if not self.over:
             self.state = JobState.COMPLETED
+            result.timings = {**self._timings, **result.timings}
             self._outcome.set_result(result)
 
     def fail(self, error: ApiError) -> None:

@@ -9,8 +9,12 @@ from api.schema.catalogue import nearest
 
 TEXT = {
     "MODEL_ID": "the model",
+    "HF_MODEL_ID": "its id on the hub, where that is another",
     "MODEL_REVISION": "its revision",
     "MODEL_PRECISION": 'fp32 (also ""), fp16 or bf16',
+    "MODEL_URL": "where it lies, or is to be kept: s3://…, https://…",
+    "CHECKPOINT_URL": "a single file to make it from: .safetensors or .ckpt",
+    "CHECKPOINT_CONFIG_URL": "how that file is built: a family, a model id, or the URL of a .yaml",
     "PIPELINE": "a diffusers pipeline class, or one of the AutoPipelines",
     "SCHEDULER": "a diffusers scheduler class",
     "image_format": "PNG, JPEG or WEBP",
@@ -24,13 +28,10 @@ FLAGS = {
 }
 WHOLE = {"image_quality": "1-100, for JPEG and WEBP"}
 _LONGEST = 200
+_LONGEST_URL = 8192
 KNOWN = (*TEXT, *FLAGS, *WHOLE)
 
 LATER = {
-    "HF_MODEL_ID": "models are served from disk",
-    "MODEL_URL": "models are served from disk",
-    "CHECKPOINT_URL": "models are served from disk",
-    "CHECKPOINT_CONFIG_URL": "models are served from disk",
     "custom_pipeline_method": "pipelines are called, no other method of theirs",
     "compel_prompts": "prompts are taken as they are",
     "textual_inversions": "adapters cannot be loaded yet",
@@ -65,8 +66,9 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
             value = "fp32"
         if value is None or value == "":
             continue
-        if name in TEXT and (not isinstance(value, str) or len(value) > _LONGEST):
-            message = f"Must be a string of at most {_LONGEST} characters: {TEXT[name]}."
+        longest = _LONGEST_URL if name.endswith("_URL") else _LONGEST
+        if name in TEXT and (not isinstance(value, str) or len(value) > longest):
+            message = f"Must be a string of at most {longest} characters: {TEXT[name]}."
             raise ApiError("INVALID_INPUTS", message, field=field, requested=value)
         if name in FLAGS:
             if not isinstance(value, bool) and value not in (0, 1):

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from api.errors import ApiError
+from api.models.description import InstalledModel
 from api.models.library import Library
-from api.schema.generation import GenerationRequest, GenerationResult
+from api.models.refs import SourceRef
+from api.schema.generation import GenerationResult
 from api.schema.messages import Phase, Progress
-from api.service.admission import Admission
+from api.schema.transfers import Transfer
+from api.service.admission import Admission, Admitted
 from api.service.dispatch import Dispatcher
+from api.service.fetcher import Fetcher
 from api.service.jobs import Job
 from api.settings import Settings
 
@@ -47,43 +51,79 @@ class Service:
         settings: the container's configuration.
 
     Raises:
-        ApiError: MODEL_ID or one of WARM_MODELS is not installed.
+        ApiError: MODEL_ID or one of WARM_MODELS cannot be had, as far as that can be said without a network.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.library = Library(settings)
         names = devices(settings)
-        self._admission = Admission(settings, self.library, has_gpu=any(name.startswith("cuda") for name in names))
-        self.dispatcher = Dispatcher(settings, names, self._admission.default_refs())
+        self.dispatcher = Dispatcher(settings, names)
+        self.fetcher = Fetcher(settings, self.library, self.dispatcher.folders)
+        has_gpu = any(name.startswith("cuda") for name in names)
+        self._admission = Admission(settings, self.library, self.fetcher, has_gpu)
+        self._to_fetch = [ref for ref in self._admission.default_refs() if not self._warm(ref, self.library.find(ref))]
+        self._fetching: asyncio.Task[None] | None = None
+        if self._to_fetch and not settings.runtime_downloads:
+            missing = ", ".join(ref.model_id for ref in self._to_fetch)
+            message = f"Not here: {missing}; and RUNTIME_DOWNLOADS=0 forbids to fetch it."
+            raise ApiError("MODEL_MISMATCH", message, available=self.library.names())
 
     def start(self) -> None:
-        """Start the workers; returns at once."""
+        """Start the workers, and fetch the models that they are to have; returns at once."""
         # name look-ups and image decoding share these threads: slow ones must not starve the rest
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "service"))
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(_THREADS, "service"))
         self.dispatcher.start()
+        loop.run_in_executor(None, self.library.volume.sweep)
+        if self._to_fetch:
+            self.dispatcher.initializing = True
+            self._fetching = loop.create_task(self._fetch_defaults())
 
     async def stop(self) -> None:
         """Drain and end the workers."""
+        self.dispatcher.draining = True
+        if self._fetching:
+            self._fetching.cancel()
+        await self.fetcher.stop()
         await self.dispatcher.stop()
 
     async def admit(
-        self, request_id: str, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
-    ) -> tuple[GenerationRequest, dict[str, Any]]:
-        """Validate a request without running it; see ``Admission.admit``."""
-        return await self._admission.admit(request_id, model_inputs, call_inputs)
+        self,
+        request_id: str,
+        model_inputs: dict[str, Any],
+        call_inputs: dict[str, Any],
+        on_event: Callable[[Transfer], None] | None = None,
+    ) -> Admitted:
+        """Validate a request without running it, and get its model here; see ``Admission.admit``.
 
-    def submit(self, request: GenerationRequest, on_event: Callable[[Phase | Progress], None] | None = None) -> Job:
+        Raises:
+            ApiError: what is wrong with it; TIMED_OUT when the model takes longer than REQUEST_TIMEOUT.
+        """
+        self.dispatcher.expected += 1
+        try:
+            async with asyncio.timeout(self.settings.request_timeout):
+                return await self._admission.admit(request_id, model_inputs, call_inputs, on_event)
+        except TimeoutError:
+            message = (
+                f"The model was not here within REQUEST_TIMEOUT of {self.settings.request_timeout:g} s. "
+                "It is still being fetched: send the request again later, or watch GET /models."
+            )
+            raise ApiError("TIMED_OUT", message) from None
+        finally:
+            self.dispatcher.expected -= 1
+
+    def submit(self, admitted: Admitted, on_event: Callable[[Phase | Progress], None] | None = None) -> Job:
         """Put a request in line; ``finish`` waits for it.
 
         Args:
-            request: from ``admit``.
+            admitted: from ``admit``.
             on_event: called with phases and steps as they happen.
 
         Raises:
             ApiError: the queue is full, or the server cannot run jobs.
         """
-        job = Job(request, on_event)
+        job = Job(admitted.request, on_event, admitted.timings)
         self.dispatcher.submit(job)
         return job
 
@@ -95,7 +135,7 @@ class Service:
         """
         try:
             async with asyncio.timeout(self.settings.request_timeout):
-                return await job.result()
+                result = await job.result()
         except TimeoutError:
             error = ApiError("TIMED_OUT", f"Not done within REQUEST_TIMEOUT of {self.settings.request_timeout:g} s.")
             self.dispatcher.cancel(job, error)
@@ -104,3 +144,29 @@ class Service:
             log.info("the client went away; its job is cancelled", extra={"request_id": job.request.request_id})
             self.dispatcher.cancel(job, ApiError("CANCELLED", "The client went away."))
             raise
+        self.fetcher.upload_after_use(Path(job.request.model.folder))
+        return result
+
+    def _warm(self, ref: SourceRef, model: InstalledModel | None) -> bool:
+        if model is not None:
+            self.dispatcher.warm(self._admission.model_ref(model, ref))
+        return model is not None
+
+    async def _fetch_defaults(self) -> None:
+        try:
+            await asyncio.gather(*map(self._fetch, self._to_fetch))
+        finally:
+            self.dispatcher.initializing = False
+
+    async def _fetch(self, ref: SourceRef) -> None:
+        """Get a model before anybody asks for it. Where that fails, the first request tries again and is told why."""
+        try:
+            self._warm(ref, (await self.fetcher.ensure(ref, _anything)).model)
+        except ApiError as error:
+            log.error("%s could not be fetched: %s %s", ref.model_id, error.code, error.message)
+        except Exception:
+            log.exception("%s could not be fetched", ref.model_id)
+
+
+async def _anything(model: InstalledModel) -> None:
+    """No request is waiting that could be wrong."""

@@ -43,7 +43,6 @@ class Worker:
 
     Args:
         device: e.g. ``cuda:0`` or ``cpu``.
-        warm: messages to send to every incarnation when it is ready.
         on_message: called with every message about a job.
         on_state: called when the worker becomes ready or dies; ``worker.ready`` says which.
 
@@ -56,7 +55,6 @@ class Worker:
     def __init__(
         self,
         device: str,
-        warm: list[Load],
         on_message: Callable[[Worker, AboutJob], None],
         on_state: Callable[[Worker], None],
     ) -> None:
@@ -68,7 +66,7 @@ class Worker:
         self.defunct = False
         self.running: str | None = None
         self.encoding: set[str] = set()
-        self._warm = warm
+        self._warm: list[Load] = []
         self._on_message = on_message
         self._on_state = on_state
         self._writer: asyncio.StreamWriter | None = None
@@ -101,6 +99,12 @@ class Worker:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watch
+
+    def warm(self, load: Load) -> None:
+        """Have a model loaded, by this incarnation and by every later one."""
+        self._warm.append(load)
+        if self._writer and not self._writer.is_closing():
+            self.send(load)
 
     def send(self, message: Load | Cancel) -> None:
         """Send a message to the living incarnation."""

@@ -19,17 +19,25 @@ from api.models.library import Library
 from api.schema.catalogue import catalogue
 from api.schema.messages import Generate, frame
 from api.service.admission import Admission
+from api.service.fetcher import Fetcher
 from api.service.options import KNOWN, LATER
 from api.service.pictures import decode, from_base64
 from api.settings import Settings
 from tests.running import as_base64
 
-SETTINGS = Settings.from_env({"MODELS_DIR": "/nonexistent"})
-ADMISSION = Admission(SETTINGS, Library(SETTINGS), has_gpu=True)
+SETTINGS = Settings.from_env({"MODELS_DIR": "/nonexistent", "RUNTIME_DOWNLOADS": "0"})
+
+
+def admission(settings: Settings, *, has_gpu: bool) -> Admission:
+    library = Library(settings)
+    return Admission(settings, library, Fetcher(settings, library, set), has_gpu=has_gpu)
+
+
+ADMISSION = admission(SETTINGS, has_gpu=True)
 
 
 def admit(model_inputs: dict[str, Any], call_inputs: dict[str, Any] | None = None) -> Any:
-    return asyncio.run(ADMISSION.admit("test", model_inputs, call_inputs or {}))[0]
+    return asyncio.run(ADMISSION.admit("test", model_inputs, call_inputs or {})).request
 
 
 def test_defaults_are_filled_in() -> None:
@@ -57,9 +65,10 @@ def test_custom_timesteps_count_as_steps() -> None:
 
 
 def test_a_cpu_has_one_precision() -> None:
-    on_cpu = Admission(SETTINGS, Library(SETTINGS), has_gpu=False)
+    on_cpu = admission(SETTINGS, has_gpu=False)
     refs = {
-        asyncio.run(on_cpu.admit("t", {"prompt": "x"}, {"MODEL_PRECISION": p}))[0].model for p in ("", "fp16", "bf16")
+        asyncio.run(on_cpu.admit("t", {"prompt": "x"}, {"MODEL_PRECISION": p})).request.model
+        for p in ("", "fp16", "bf16")
     }
     assert len(refs) == 1
 
@@ -100,12 +109,12 @@ def test_one_negative_prompt_for_many_prompts_is_meant_for_each() -> None:
 
 def test_a_default_scheduler_that_does_not_fit_gives_way(models_dir: Path) -> None:
     config = Settings.from_env({"MODELS_DIR": str(models_dir), "SCHEDULER": "FlowMatchEulerDiscreteScheduler"})
-    request, _ = asyncio.run(
-        Admission(config, Library(config), has_gpu=False).admit(
+    admitted = asyncio.run(
+        admission(config, has_gpu=False).admit(
             "test", {"prompt": "x", "width": 64, "height": 64}, {"MODEL_ID": "tiny/a"}
         )
     )
-    assert request.scheduler == "DDIMScheduler"
+    assert admitted.request.scheduler == "DDIMScheduler"
 
 
 def test_options_of_the_old_system_are_refused_rather_than_ignored() -> None:

@@ -30,8 +30,8 @@ PINNED = [
     (LocatedFiles(at("s3://")), "org--name@1f8a2796a39996bc2065"),
     (LocatedFiles(at("s3:///b/my model/"), variant="fp16"), "my-model@b21d5880bccfd4cc8936-fp16"),
     (LocatedFiles(at("s3:///b/x.tar.zst"), version='"abc-2"'), "x@4d0a23fafd0e696780f2"),
-    (LocatedFiles(at("https://h/d/Model%20V1.safetensors")), "model-v1@8dd03f775db01f5be01b"),
-    (LocatedFiles(at("https://h/m.ckpt"), config=at("https://h/v1.yaml")), "m@b5c11415750f3a96c335"),
+    (LocatedFiles(at("https://h/d/Model%20V1.safetensors")), "model-v1@699d9ecf2460b5794ee6"),
+    (LocatedFiles(at("https://h/m.ckpt"), config_version="family:sd1"), "m@cd013136301a387c1a3f"),
 ]
 
 
@@ -62,12 +62,9 @@ SAME: list[list[HubFiles | LocatedFiles]] = [
         LocatedFiles(at("s3:///b/x.tar"), f"sha256:{SHA}"),
     ],
     [LocatedFiles(at("https://h/x.ckpt?Signature=1&Expires=1")), LocatedFiles(at("https://u:p@h/x.ckpt"))],
-    [LocatedFiles(at("https://h/x.ckpt"), config=at("https://h/a.yaml")), LocatedFiles(at("https://h/x.ckpt"), config=at("https://h:443/a.yaml"))],
-    [LocatedFiles(at("https://h/x.ckpt"), config=at("https://h/b.yaml"))],
-    [LocatedFiles(at("https://h/x.ckpt"), config=at("https://h/b.yaml?v=1"))],
-    [LocatedFiles(at("https://h/x.ckpt"), config=at("https://h/b.yaml?v=2"))],
+    [LocatedFiles(at("https://h/x.ckpt"), config_version="family:sd1")],
+    [LocatedFiles(at("https://h/x.ckpt"), config_version="family:sd2")],
     [LocatedFiles(at("https://h/x.ckpt?v=2"))],
-    [LocatedFiles(at("https://h/x.ckpt"), config=at("https://h/b.yaml"), config_version="1")],
     # what the file is called here does not count, what it is taken for does
     [LocatedFiles(at("https://h/1#fname=a.ckpt")), LocatedFiles(at("https://h/1#fname=b.safetensors"))],
     [LocatedFiles(at("https://h/1#fname=a.tar"))],
@@ -113,9 +110,7 @@ locations = st.one_of(
     st.builds(Location, st.just("http"), st.sampled_from(["prefix", "archive", "checkpoint"]), url=names.map("https://h/".__add__)),
 )  # fmt: skip
 versions = st.text(st.characters(exclude_categories=("Cs",), exclude_characters='"'), max_size=40)
-located = st.builds(
-    LocatedFiles, locations, versions, st.sampled_from(["", "fp16", "bf16"]), st.none() | locations, versions
-)
+located = st.builds(LocatedFiles, locations, versions, st.sampled_from(["", "fp16", "bf16"]), versions)
 everything = st.one_of(hub, located)
 
 
@@ -125,9 +120,7 @@ def meaning(files: HubFiles | LocatedFiles) -> tuple[object, ...]:
         return ("hub", files.repo, files.commit, files.variant)
     where = files.location
     stated = files.version.strip().removeprefix("W/").strip('"')
-    config: tuple[object, ...] = ()
-    if where.kind == "checkpoint" and files.config:
-        config = (files.config.identity, files.config_version.strip().removeprefix("W/").strip('"'))
+    config = files.config_version if where.kind == "checkpoint" else None
     return ("url", where.identity, stated, files.variant if where.kind == "prefix" else "", config)
 
 

@@ -16,7 +16,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.states: list[bool] = []
-        self.worker = Worker("cpu", [], lambda worker, message: None, lambda worker: self.states.append(worker.ready))
+        self.worker = Worker("cpu", lambda worker, message: None, lambda worker: self.states.append(worker.ready))
 
 
 async def until(condition: Any, seconds: float = 10) -> None:

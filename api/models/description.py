@@ -1,0 +1,137 @@
+"""What a model's configuration files say of it, read before any of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from api.errors import ApiError
+
+_WHOLE_FILE = 16 * 2**20
+_ENDS = 64 * 2**10
+_LARGEST_FACTOR, _LARGEST_SAMPLE = 256, 2**16
+_WEIGHTS = (".safetensors", ".bin")
+
+
+class InstalledModel(msgspec.Struct, frozen=True):
+    """A model that can be served.
+
+    Attributes:
+        model_id: its name.
+        folder: where it lies.
+        revision: the commit, ETag or digest it was installed from, or a fingerprint of its files.
+        class_name: the pipeline class it was saved as.
+        components: names of the parts that are there.
+        scheduler: class name of the model's own scheduler.
+        size_multiple: widths and heights must be divisible by this.
+        text_layers: hidden layers of its (first) text encoder, 0 without one.
+        default_size: side length in pixels it makes when none is asked for, where known.
+        bytes: size of its weights on disk.
+        key: its name on the volume; empty for a folder that was put there by hand.
+        source: where it was fetched from, without credentials; empty for such a folder.
+    """
+
+    model_id: str
+    folder: Path
+    revision: str
+    class_name: str
+    components: frozenset[str]
+    scheduler: str
+    size_multiple: int
+    text_layers: int
+    default_size: int | None
+    bytes: int
+    key: str = ""
+    source: str = ""
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is one of a model; one that may not be looked into is none."""
+    try:
+        return (folder / "model_index.json").is_file()
+    except OSError:
+        return False
+
+
+def describe(model_id: str, folder: Path, *, revision: str = "", key: str = "", source: str = "") -> InstalledModel:
+    """Read a diffusers folder's configuration.
+
+    Args:
+        model_id: the name it is asked for by.
+        folder: its weights need not be there yet.
+        revision: empty: a fingerprint is made of its files.
+        key: its name on the volume.
+        source: where it came from.
+
+    Raises:
+        ApiError: MODEL_BROKEN.
+    """
+    try:
+        return _read(model_id, folder, revision, key, source)
+    except Exception as fault:  # whatever the files of a stranger make of it: endless numbers, bottomless lists
+        raise ApiError(
+            "MODEL_BROKEN",
+            f'The folder of "{model_id}" is no complete diffusers model ({type(fault).__name__}: {str(fault)[:300]}).',
+            field="callInputs.MODEL_ID",
+            requested=model_id,
+        ) from fault
+
+
+def _read(model_id: str, folder: Path, revision: str, key: str, source: str) -> InstalledModel:
+    index = msgspec.json.decode((folder / "model_index.json").read_bytes(), type=dict[str, Any])
+    components = {
+        name: value
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value != [None, None]
+    }
+    for name, (_, class_name) in components.items():
+        if not isinstance(class_name, str):
+            raise TypeError(f"{name} names no class")
+        if not (folder / name).is_dir():
+            raise ValueError(f"{name} ({class_name}) is missing")
+    vae = _config(folder, "vae/config.json")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else 8
+    if factor > _LARGEST_FACTOR:
+        raise ValueError("its vae shrinks pictures beyond use")
+    denoiser = _config(folder, "transformer/config.json") or _config(folder, "unet/config.json")
+    sample = denoiser.get("sample_size")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return InstalledModel(
+        model_id=model_id,
+        folder=folder.resolve(),
+        revision=revision or _fingerprint(folder, files),
+        class_name=index["_class_name"],
+        components=frozenset(components),
+        scheduler=components["scheduler"][1],
+        # a transformer works on 2x2 patches of latents; a UNet pipeline asks for multiples of 8
+        size_multiple=factor * 2 if "transformer" in components else max(8, factor),
+        text_layers=int(_config(folder, "text_encoder/config.json").get("num_hidden_layers", 0)),
+        default_size=sample * factor if isinstance(sample, int) and 0 < sample < _LARGEST_SAMPLE else None,
+        bytes=sum(p.stat().st_size for p in files if p.suffix in _WEIGHTS),
+        key=key,
+        source=source,
+    )
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.is_file() else {}
+
+
+def _fingerprint(folder: Path, files: list[Path]) -> str:
+    """Twelve hex digits of SHA-256 over names, sizes and contents (the ends of large files)."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_FILE:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_ENDS))
+                file.seek(-_ENDS, 2)
+                digest.update(file.read(_ENDS))
+    return digest.hexdigest()[:12]

@@ -1,0 +1,337 @@
+"""Brings models here when requests name them: one fetch per model, however many wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from api.errors import ApiError
+from api.models.archive_pack import pack
+from api.models.description import InstalledModel, describe
+from api.models.installer import Installed, Installer
+from api.models.library import BUNDLED_ORG, Library
+from api.models.locations import Location
+from api.models.refs import SourceRef
+from api.models.s3_upload import upload
+from api.models.sources.remote import access_to
+from api.schema.transfers import Transfer
+from api.service.progress import Tracker
+from api.settings import Settings
+
+log = logging.getLogger("api.fetch")
+
+AT_ONCE = 8
+"""Models that are fetched side by side; the next ones wait. As many again from addresses that requests chose: a server
+of a stranger that sends nothing holds up no other kind of source."""
+_TICK = 0.2
+_LINGER = 0.25
+"""Seconds for which an admitted request's model is held until its job is in line."""
+
+Check = Callable[[InstalledModel], Awaitable[object]]
+OnTransfer = Callable[[Transfer], None]
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """A model that is here, and what it took to get it: milliseconds by phase."""
+
+    model: InstalledModel
+    timings: dict[str, int]
+
+
+class _Stopped(Exception):
+    """Nobody wants it any more."""
+
+
+class _Fetch:
+    """One model on its way, and those who wait for it. Lives on the event loop; works in a thread of its own."""
+
+    def __init__(self, ref: SourceRef) -> None:
+        self.loop = loop = asyncio.get_running_loop()
+        self.ref = ref
+        self.readers: list[OnTransfer] = []
+        self.waiting = 0
+        self.confirmed = threading.Event()
+        self.stopped = threading.Event()
+        self.described: asyncio.Future[InstalledModel] = loop.create_future()
+        self.outcome: asyncio.Future[Fetched] = loop.create_future()
+        self.left: asyncio.Future[None] = loop.create_future()
+        self.outcome.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.tracker = Tracker(ref.model_id, lambda event: _soon(loop, self._pass_on, event))
+
+    def _pass_on(self, event: Transfer) -> None:
+        for reader in list(self.readers):
+            reader(event)
+
+    def report(self, phase: str, done: int, total: int | None) -> None:
+        self.check()
+        self.tracker.report(phase, done, total)
+
+    def check(self) -> None:
+        if self.stopped.is_set():
+            raise _Stopped
+
+    def confirm(self) -> None:
+        """From the thread: wait until somebody who has seen the configuration still wants the weights."""
+        while not self.confirmed.wait(_TICK):
+            self.check()
+
+    def leave(self, on_event: OnTransfer | None) -> None:
+        self.waiting -= 1
+        if on_event is not None:
+            self.readers.remove(on_event)
+        if not self.waiting and not self.confirmed.is_set():
+            self.stop()
+
+    def stop(self) -> None:
+        """Nobody wants it, or nobody may have it any more."""
+        self.stopped.set()
+        if not self.left.done():
+            self.left.set_result(None)
+
+
+class Fetcher:
+    """Fetches and uploads models, in threads.
+
+    A fetch that a valid request began goes on when its client goes away: proxies cut connections that are
+    idle for long, and the same request, sent again, finds the model.
+
+    Args:
+        settings: whether there are downloads, and the keys for them.
+        library: what is here, and the volume that models are put on.
+        in_use: names of the folders that jobs work with.
+    """
+
+    def __init__(self, settings: Settings, library: Library, in_use: Callable[[], set[str]]) -> None:
+        self._settings = settings
+        self._library = library
+        self._in_use = in_use
+        self._held: Counter[str] = Counter()
+        self._installer = Installer(settings, library.volume, self._leased, library.folder_of)
+        self._fetches: dict[str, _Fetch] = {}
+        self._uploads: dict[str, Location] = {}
+        self._uploading: dict[str, Tracker] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Semaphore(AT_ONCE)
+        self._room_for_strangers = asyncio.Semaphore(AT_ONCE)
+        self._stopping = False
+
+    async def ensure(self, ref: SourceRef, check: Check, on_event: OnTransfer | None = None) -> Fetched:
+        """Wait until a model is here.
+
+        Args:
+            ref: which model.
+            check: awaited with its configuration, before its weights are fetched where the source allows that;
+                raises what is wrong with the request.
+            on_event: called with what happens meanwhile.
+
+        Raises:
+            ApiError: what ``check`` raises; MODEL_MISMATCH when there are no downloads; what the source says.
+        """
+        if not self._settings.runtime_downloads or (ref.is_plain and ref.repo.startswith(f"{BUNDLED_ORG}/")):
+            return Fetched(await asyncio.to_thread(self._without_source, ref), {})
+        fetch = self._fetches.get(ref.name)
+        while fetch is not None and fetch.stopped.is_set():
+            await asyncio.wait({fetch.outcome})
+            fetch = self._fetches.get(ref.name)
+        if fetch is None:
+            fetch = self._fetches[ref.name] = _Fetch(ref)
+            self._begin(self._run(fetch))
+        fetch.waiting += 1
+        if on_event is not None:
+            for transfer in fetch.tracker.now():  # whoever joins has missed the start
+                on_event(msgspec.structs.replace(transfer, status="start"))
+            fetch.readers.append(on_event)
+        try:
+            awaited: set[asyncio.Future[Any]] = {fetch.described, fetch.outcome}
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            if fetch.described.done():
+                await check(fetch.described.result())
+            fetch.confirmed.set()
+            return await asyncio.shield(fetch.outcome)
+        finally:
+            fetch.leave(on_event)
+
+    @contextlib.contextmanager
+    def hold(self, model: InstalledModel) -> Iterator[None]:
+        """Keep a model on the volume, and a moment longer: until the job is in line that holds it from then on."""
+        name = model.folder.name
+        self._held[name] += 1
+        try:
+            yield
+        finally:
+            asyncio.get_running_loop().call_later(_LINGER, self._held.subtract, [name])
+
+    def transfers(self) -> list[Transfer]:
+        """Everything that is on its way now."""
+        trackers = [fetch.tracker for fetch in self._fetches.values()] + list(self._uploading.values())
+        return [transfer for tracker in trackers for transfer in tracker.now()]
+
+    def upload_after_use(self, folder: Path) -> None:
+        """Begin the upload that was asked for with MODEL_URL, now that an image was returned."""
+        location = self._uploads.pop(folder.name, None)
+        if location is not None and not self._stopping:
+            self._begin(self._upload(folder, location))
+
+    async def stop(self) -> None:
+        """End what runs; it goes on where it was when it is asked for again."""
+        self._stopping = True
+        fetches = list(self._fetches.values())
+        for fetch in fetches:
+            fetch.stopped.set()
+        running = [fetch.outcome for fetch in fetches]
+        if running:
+            await asyncio.wait(running, timeout=2)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+
+    def _without_source(self, ref: SourceRef) -> InstalledModel:
+        if self._installer.adopt(ref, lambda phase, done, total: None) and (model := self._library.find(ref)):
+            return model
+        if model := self._library.find_by_name(ref):
+            return model
+        there = [m.revision for m in self._library.all() if m.model_id == ref.model_id]
+        if ref.revision and there:
+            message = f'"{ref.model_id}" is here in another revision.'
+            raise ApiError(
+                "MODEL_NOT_FOUND", message, field="callInputs.MODEL_REVISION", requested=ref.revision, available=there
+            )
+        code, why = "MODEL_NOT_FOUND", "is not one of the models that come with this server"
+        if not self._settings.runtime_downloads:
+            code, why = "MODEL_MISMATCH", "is not here, and this server downloads nothing (RUNTIME_DOWNLOADS=0)"
+        message = f'"{ref.model_id}" {why}.'
+        requested, available = ref.model_id, self._library.names()
+        raise ApiError(code, message, field="callInputs.MODEL_ID", requested=requested, available=available)
+
+    async def _run(self, fetch: _Fetch) -> None:
+        try:
+            async with self._room if fetch.ref.trusted or fetch.ref.is_plain else self._room_for_strangers:
+                work = asyncio.ensure_future(_in_thread(lambda: self._fetch(fetch), f"fetch {fetch.ref.model_id}"))
+                # a source that does not answer keeps its thread for a while, but not its place
+                await asyncio.wait({work, fetch.left}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    work.add_done_callback(lambda done: done.cancelled() or done.exception())
+                    raise _Stopped
+            fetch.outcome.set_result(work.result())
+        except _Stopped:
+            error = ApiError("CANCELLED", "Nobody waits for this model any more.")
+            if self._stopping:
+                error = ApiError("NOT_READY", "The server is shutting down; send the request again.")
+            fetch.outcome.set_exception(error)
+        except BaseException as fault:
+            fetch.outcome.set_exception(fault)
+            if not isinstance(fault, ApiError):
+                log.exception("fetching %s failed", fetch.ref.model_id)
+        finally:
+            del self._fetches[fetch.ref.name]
+
+    def _fetch(self, fetch: _Fetch) -> Fetched:
+        """In a thread."""
+
+        def on_configuration(folder: Path | None) -> None:
+            if folder is None:
+                # nothing more can be said before it is here; from now on it is fetched, whoever leaves
+                fetch.check()
+                fetch.confirmed.set()
+            else:
+                _soon(fetch.loop, fetch.described.set_result, describe(fetch.ref.model_id, folder, revision="-"))
+                fetch.confirm()
+
+        fetch.check()
+        log.info("fetching %s", fetch.ref.model_id)
+        try:
+            installed = self._installer.install(
+                fetch.ref, fetch.report, on_configuration=on_configuration, on_wait=fetch.check
+            )
+        except ApiError as error:
+            model = self._library.find_by_name(fetch.ref) if error.code in _NO_SOURCE else None
+            if model is None:
+                log.warning("%s was not fetched: %s %s", fetch.ref.model_id, error.code, error.message)
+                raise
+            return Fetched(model, {})
+        fetch.tracker.end()
+        return self._arrived(fetch, installed)
+
+    def _arrived(self, fetch: _Fetch, installed: Installed) -> Fetched:
+        model = self._library.find(fetch.ref)
+        if model is None:
+            message = f'"{fetch.ref.model_id}" was installed and removed again before it could be used; try again.'
+            raise ApiError("MODEL_NOT_FOUND", message, requested=fetch.ref.model_id)
+        if installed.upload_to is not None:
+            self._uploads[model.folder.name] = installed.upload_to
+        return Fetched(model, fetch.tracker.timings)
+
+    def _leased(self) -> set[str]:
+        return self._in_use() | {name for name, count in list(self._held.items()) if count > 0}
+
+    async def _upload(self, folder: Path, location: Location) -> None:
+        tracker = self._uploading[folder.name] = Tracker(folder.name, lambda event: None)
+        self._held[folder.name] += 1
+        try:
+            access = access_to(location, self._settings, trusted=True)
+            await _in_thread(
+                lambda: upload(folder, location, self._reporting(tracker), access, pack=pack), f"upload {folder.name}"
+            )
+            log.info("uploaded %s to %s in %d ms", folder.name, location, tracker.timings.get("upload", 0))
+        except ApiError as error:
+            log.error("%s was not uploaded: %s %s", folder.name, error.code, error.message)
+        except _Stopped:
+            log.warning("the upload of %s was broken off; it is tried again after the next miss", folder.name)
+        except Exception:
+            log.exception("uploading %s failed", folder.name)
+        finally:
+            self._held[folder.name] -= 1
+            del self._uploading[folder.name]
+
+    def _reporting(self, tracker: Tracker) -> Callable[[str, int, int | None], None]:
+        def report(phase: str, done: int, total: int | None) -> None:
+            if self._stopping:
+                raise _Stopped
+            tracker.report(phase, done, total)
+
+        return report
+
+
+_NO_SOURCE = ("MODEL_NOT_FOUND", "SOURCE_UNREACHABLE")
+
+
+async def _in_thread(work: Callable[[], Any], name: str) -> Any:
+    """Run something in a thread that does not keep the process: what it does is safe against a kill."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as fault:
+            _soon(loop, _settle, future, None, fault)
+        else:
+            _soon(loop, _settle, future, result, None)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await future
+
+
+def _settle(future: asyncio.Future[Any], result: Any, fault: BaseException | None) -> None:
+    if future.done():
+        return
+    if fault is not None:
+        future.set_exception(fault)
+    else:
+        future.set_result(result)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[..., Any], *arguments: Any) -> None:
+    """From a thread; after the end of the loop nobody listens."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
