@@ -23,12 +23,14 @@ import pytest
 
 from scripts.demo_model.checker import check
 from scripts.demo_model.grammar import Scene, Thing
+from tests.hub import HubStandIn
 from tests.running import ROOT, free_port, images_of
 
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 ENV = {**os.environ, "STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot", "BUILDER": "buildah"}
 MEGABYTES = 3000
 """The image's budget with a CPU build of torch; measured 1.73 GB."""
+TOKEN = "hf_of-the-build-only-4711"  # noqa: S105
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -72,23 +74,28 @@ def pip_as_here(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+def build_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a build on this machine needs."""
     if os.environ.get("IMAGE_TEST") != "1" or not shutil.which("buildah") or not shutil.which("debootstrap"):
         pytest.skip("set IMAGE_TEST=1, with buildah and debootstrap installed")
     folder = tmp_path_factory.mktemp("image")
     debian_base(folder / "root")
-    mounts = pip_as_here(folder)
-    sh("./build", "-t", "diffusers-api:test", "--pull-never", "--network", "host", *mounts)
+    return ["--pull-never", "--network", "host", *pip_as_here(folder)]
+
+
+@pytest.fixture(scope="module")
+def image(build_options: list[str]) -> str:
+    sh("./build", "-t", "diffusers-api:test", *build_options)
     return "localhost/diffusers-api:test"
 
 
 @contextlib.contextmanager
-def started(image: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def started(image: str, port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """The image's own start command, as its own user."""
     container = sh("buildah", "from", "--pull-never", image)
     config = json.loads(sh("buildah", "inspect", container))["Docker"]["config"]
     command = [*config["Entrypoint"], *config["Cmd"]]
-    run = ["buildah", "run", "--network", "host", "--env", f"PORT={port}", container, "--", *command]
+    run = ["buildah", "run", "--network", "host", "--env", f"PORT={port}", *options, container, "--", *command]
     process = subprocess.Popen(run, env=ENV, cwd=ROOT)
     try:
         yield process
@@ -131,35 +138,156 @@ def server_pid(port: int) -> int:
     raise AssertionError("the server's process is not there")
 
 
+def wait_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if client.get("/health/ready").status_code == 200:
+                return
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def draws_what_is_asked(client: httpx.Client) -> dict[str, Any]:
+    inputs = {"prompt": "a red circle on a blue background", "num_inference_steps": 20, "seed": 1}
+    answer = client.post("/", json={"modelInputs": inputs}).json()
+    drawn: np.ndarray = images_of(answer)[0]
+    assert check(drawn, Scene("one", (Thing("red", "circle"),), "blue")).right
+    return answer
+
+
 def test_it_starts_draws_and_stops_at_sigterm(image: str) -> None:
     port = free_port()
     with started(image, port) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if client.get("/health/ready").status_code == 200:
-                    break
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        inputs = {"prompt": "a red circle on a blue background", "num_inference_steps": 20, "seed": 1}
-        answer = client.post("/", json={"modelInputs": inputs}).json()
-        drawn: np.ndarray = images_of(answer)[0]
-        assert check(drawn, Scene("one", (Thing("red", "circle"),), "blue")).right
+        wait_ready(client, process)
+        draws_what_is_asked(client)
         pid = server_pid(port)
         assert Path(f"/proc/{pid}").stat().st_uid == 1000
         os.kill(pid, signal.SIGTERM)
         assert process.wait(30) == 0
 
 
-def test_a_secret_as_build_argument_is_refused() -> None:
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubStandIn]:
+    with HubStandIn(
+        {"org/shapes": {"main": ROOT / "models" / "shapes"}}, tokens={TOKEN: ["org/shapes"]}, gated=["org/shapes"]
+    ) as started_hub:
+        yield started_hub
+
+
+def baking(hub: HubStandIn) -> list[str]:
+    return ["--build-arg", "MODEL_ID=org/shapes", "--build-arg", f"HF_ENDPOINT={hub.url}"]
+
+
+@pytest.fixture(scope="module")
+def baked(build_options: list[str], hub: HubStandIn) -> Iterator[str]:
+    command = ["./build", "-t", "diffusers-api:baked", *build_options, *baking(hub)]
+    command += ["--build-arg", "RUNTIME_DOWNLOADS=0"]
     out = subprocess.run(
-        ["./build", "-t", "x", "--build-arg", "HF_AUTH_TOKEN=abc"],
+        command, env={**ENV, "HF_AUTH_TOKEN": TOKEN}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert TOKEN not in out.stdout + out.stderr
+    yield "localhost/diffusers-api:baked"
+    sh("buildah", "rmi", "localhost/diffusers-api:baked")
+
+
+def test_a_baked_model_is_served_from_the_image_alone(baked: str, hub: HubStandIn, tmp_path: Path) -> None:
+    empty = tmp_path / "volume"
+    empty.mkdir()
+    empty.chmod(0o777)
+    hub.forget()
+    port = free_port()
+    # an address that would answer: what is asked there would be seen
+    options = ["-v", f"{empty}:/home/api/.cache/diffusers-api/models", "--env", f"HF_ENDPOINT={hub.url}"]
+    with (
+        started(baked, port, *options) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+    ):
+        wait_ready(client, process)
+        meta = draws_what_is_asked(client)["$meta"]
+        assert (meta["MODEL_ID"], meta["MODEL_REVISION"]) == ("org/shapes", hub.commit("org/shapes"))
+        other = client.post("/", json={"modelInputs": {"prompt": "x"}, "callInputs": {"MODEL_ID": "org/other"}})
+        assert (other.status_code, other.json()["$error"]["code"]) == (404, "MODEL_MISMATCH")
+        assert "org/shapes" in other.json()["$error"]["available"]
+    assert list(hub.requests) == []
+    assert [path for path in empty.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_the_token_of_a_build_is_nowhere_in_the_image(baked: str, tmp_path: Path) -> None:
+    archive = tmp_path / "image.tar"
+    sh("buildah", "push", "-q", baked, f"docker-archive:{archive}")  # layers as they are, configuration and history
+    assert occurs(b"org/shapes", archive), "the search finds nothing at all"
+    assert occurs(b"MODEL_ID=org/shapes", archive)
+    assert not occurs(TOKEN.encode(), archive)
+    archive.unlink()
+
+
+def occurs(text: bytes, path: Path) -> bool:
+    """Whether a text is anywhere in a file, which may be larger than memory."""
+    tail = b""
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            if text in tail + chunk:
+                return True
+            tail = chunk[-len(text) :]
+    return False
+
+
+def test_a_build_that_may_not_have_the_model_says_so(build_options: list[str], hub: HubStandIn) -> None:
+    environ = {name: value for name, value in ENV.items() if name not in ("HF_TOKEN", "HF_AUTH_TOKEN")}
+    command = ["./build", "-t", "diffusers-api:refused", *build_options, *baking(hub)]
+    out = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert out.returncode != 0
+    assert "HF_TOKEN" in out.stdout + out.stderr
+    assert "Traceback" not in out.stdout + out.stderr
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "HF_AUTH_TOKEN=abcdef",
+        "AWS_SESSION_TOKEN=abcdef",
+        "MODEL_URL=https://me:abcdef@example.com/x.tar",
+        "CHECKPOINT_URL=https://example.com/x.safetensors?X-Amz-Signature=abcdef",
+    ],
+)
+def test_a_secret_as_build_argument_is_refused(argument: str) -> None:
+    out = subprocess.run(
+        ["./build", "-t", "x", "--build-arg", argument],
         cwd=ROOT,
-        env=ENV,
+        env={**ENV, "BUILDER": "false"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert out.returncode == 2
-    assert "abc" not in out.stderr
+    assert "abcdef" not in out.stderr
+
+
+def test_a_source_without_a_name_is_refused() -> None:
+    command = ["./build", "-t", "x", "--build-arg", "MODEL_URL=s3://"]
+    environ = {**ENV, "BUILDER": "false"}
+    out = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert out.returncode == 2
+    assert "MODEL_ID" in out.stderr
+
+
+@pytest.mark.parametrize("builder", ["docker", "podman", "buildah"])
+def test_secrets_go_in_as_build_secrets(builder: str, tmp_path: Path) -> None:
+    """With a stand-in for the builder that writes down how it was called."""
+    stand_in = tmp_path / builder
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nprintenv HF_AUTH_TOKEN AWS_SECRET_ACCESS_KEY >&2\nexit 3\n')
+    stand_in.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "BUILDER": builder}
+    environ |= {"HF_TOKEN": "hf_secret", "AWS_SECRET_ACCESS_KEY": "aws_secret", "AWS_ACCESS_KEY_ID": ""}
+    environ.pop("PIP_CONF", None)
+    out = subprocess.run(["./build", "-t", "x"], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert out.returncode == 3, out.stderr
+    arguments = out.stdout.split()
+    assert [a for a in arguments if a.startswith("id=")] == [
+        f"id={name},env={name}" for name in ("HF_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    ]
+    assert "secret" not in out.stdout.replace("--secret", "")
+    assert out.stderr.split() == ["hf_secret", "aws_secret"]

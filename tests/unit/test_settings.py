@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,3 +43,14 @@ def test_every_variable_is_used_somewhere() -> None:
     sources = "\n".join(p.read_text() for p in (ROOT / "api").rglob("*.py") if p.name != "settings.py")
     unused = [f.name for f in fields(Settings) if f"settings.{f.name}" not in sources]
     assert unused == []
+
+
+def test_the_image_has_the_same_defaults() -> None:
+    """An image's ENV hides the default here; an empty RUNTIME_DOWNLOADS would even mean another thing."""
+    defaults = {f.metadata["name"]: f.metadata["default"] for f in fields(Settings)}
+    text = (ROOT / "Dockerfile").read_text()
+    arguments = [found for found in re.findall(r"^ARG (\w+)=(.*)$", text, re.M) if found[0] != "PYTHON_IMAGE"]
+    assert len(arguments) > 20
+    assert [found for found in arguments if defaults[found[0]] != found[1]] == []
+    baked = set(re.findall(r"(\w+)=\$\{\1\}", text))
+    assert baked == {name for name, _ in arguments} - {"HF_ENDPOINT"}
