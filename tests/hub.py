@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -79,6 +80,16 @@ class _Commit:
         self.sha = hashlib.sha1(told.encode()).hexdigest()  # noqa: S324
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of clients that go away in the middle: here they do so on purpose."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class HubStandIn:
     """Serves repositories from folders.
 
@@ -110,8 +121,7 @@ class HubStandIn:
         """Bytes of bodies that went out, by path."""
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = QuietServer(("127.0.0.1", 0), handler)
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)

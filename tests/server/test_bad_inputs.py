@@ -92,7 +92,7 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], int, str, str]] = [
     ("misspelt option", P, {"MODELID": "x"}, 400, "UNKNOWN_INPUT", "callInputs.MODELID"),
     ("option as number", P, {"SCHEDULER": 5}, 400, "INVALID_INPUTS", "callInputs.SCHEDULER"),
     ("flag as text", P, {"is_url": "maybe"}, 400, "INVALID_INPUTS", "callInputs.is_url"),
-    ("unknown model", P, {"MODEL_ID": "no/such"}, 404, "MODEL_NOT_FOUND", "callInputs.MODEL_ID"),
+    ("unknown model", P, {"MODEL_ID": "no/such"}, 404, "MODEL_MISMATCH", "callInputs.MODEL_ID"),
     ("model outside", P, {"MODEL_ID": "../../etc"}, 400, "INVALID_INPUTS", "callInputs.MODEL_ID"),
     ("model with shell", P, {"MODEL_ID": "a/b;touch x"}, 400, "INVALID_INPUTS", "callInputs.MODEL_ID"),
     ("other revision", P, {"MODEL_REVISION": "fp16"}, 404, "MODEL_NOT_FOUND", "callInputs.MODEL_REVISION"),

@@ -189,7 +189,8 @@ def test_deaths_after_a_good_start_never_add_up_to_defunct(fresh: Server) -> Non
     [
         ({"PORT": "eighty"}, "PORT"),
         ({"HOST": "no.such.host.invalid"}, "no.such.host"),
-        ({"MODEL_ID": "no/such"}, "not installed"),
+        ({"MODEL_ID": "no/such", "RUNTIME_DOWNLOADS": "0"}, "Not here: no/such"),
+        ({"MODEL_URL": "ftp://h/x.tar"}, "one of the forms"),
         ({"MODEL_ID": "../x"}, "model id"),
     ],
 )
