@@ -34,7 +34,7 @@ def list_models(settings: Settings, args: argparse.Namespace) -> int:
         rows.append(
             (
                 entry.model_id or "?",
-                short(manifest.revision)[:12] if manifest else "-",
+                (short(manifest.revision)[:12] if manifest else "") or "-",
                 (manifest.variant if manifest else "") or "-",
                 amount(entry.bytes),
                 moment(entry.last_used),
