@@ -1,44 +1,38 @@
-"""Which attention kernels a pipeline uses."""
+"""Which attention kernels a job uses."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
+from typing import Any
 
-import diffusers
+from api.engine.loader import LoadedModel
+from api.engine.views import clone
 
 log = logging.getLogger("api.engine")
-_told: set[str] = set()
 
 
-@contextlib.contextmanager
-def attention(pipe: diffusers.DiffusionPipeline, wanted: str) -> Iterator[str]:
-    """Use the wanted kernels while a pipeline runs, and put back what was there.
+def components_with(model: LoadedModel, wanted: str) -> tuple[dict[str, Any], str]:
+    """The model's components with the wanted kernels, and what they really use.
 
     Args:
-        pipe: its modules are shared with later jobs, so nothing may stay switched.
-        wanted: ``sdpa``, torch's own, or ``xformers``; what cannot be had falls back to ``sdpa``
-            and is logged once.
-
-    Yields:
-        What is really used.
+        model: its own modules are shared by all jobs and never switched: others over the same weights are.
+        wanted: ``sdpa``, torch's own, or ``xformers``; what cannot be had falls back to ``sdpa`` and is logged once.
     """
     if wanted != "xformers":
-        yield "sdpa"
-        return
-    modules = [m for m in pipe.components.values() if hasattr(m, "attn_processors")]
-    before = [(module, dict(module.attn_processors)) for module in modules]
+        return model.components, "sdpa"
+    if "xformers" not in model.variants:
+        model.variants["xformers"] = _switched(model)
+    return (model.variants["xformers"], "xformers") if model.variants["xformers"] else (model.components, "sdpa")
+
+
+def _switched(model: LoadedModel) -> dict[str, Any]:
+    switched = dict(model.components)
     try:
-        pipe.enable_xformers_memory_efficient_attention()
-        used = "xformers"
+        for name, part in model.components.items():
+            if hasattr(part, "attn_processors"):
+                switched[name] = clone(part)
+                switched[name].enable_xformers_memory_efficient_attention()
     except Exception as fault:  # absent, without operators for this device, or built for another torch
-        used = "sdpa"
-        if str(fault) not in _told:
-            _told.add(str(fault))
-            log.warning("xformers was asked for and cannot be used (%s): sdpa instead", str(fault).strip()[:200])
-    try:
-        yield used
-    finally:
-        for module, processors in before:
-            module.set_attn_processor(processors)
+        log.warning("xformers was asked for and cannot be used (%s): sdpa instead", str(fault).strip()[:200])
+        return {}
+    return switched

@@ -1,23 +1,27 @@
-"""The engine: one device, one generation at a time, each exactly as if it were alone."""
+"""The engine: one device, many generations at once, each exactly as if it were alone."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
 import torch
 
-from api.engine.attention import attention
+from api.engine.attention import components_with
 from api.engine.cache import ModelCache
 from api.engine.device import Device
+from api.engine.executor import Cancelled, Executor, Ticket
 from api.engine.loader import LoadedModel, load
 from api.engine.pipelines import make_pipeline
+from api.engine.views import view
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef, Picture
 
@@ -25,12 +29,10 @@ log = logging.getLogger("api.engine")
 
 PACKAGES = ("diffusers", "transformers", "torch", "safetensors")
 
+_TICK = 0.2
+
 OnStep = Callable[[int, int], None]
 OnPhase = Callable[[str, str], None]
-
-
-class Cancelled(Exception):
-    """Raised inside a pipeline to stop it at its next step."""
 
 
 class Generated:
@@ -53,7 +55,7 @@ class Generated:
 
 
 class Engine:
-    """Generates on one device.
+    """Generates on one device, for several threads at once.
 
     Args:
         device: what to compute on.
@@ -61,24 +63,20 @@ class Engine:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.executor = Executor(None if device.is_cuda else torch.get_num_threads())
         self.cache = ModelCache(device.model_budget(), lambda ref: load(ref, device), device.release_cache)
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        self._turn = threading.Lock()
+        self._released = threading.Condition()
 
-    def load(self, ref: ModelRef) -> LoadedModel:
-        """The model, brought into memory if it is not there yet.
+    def load(self, ref: ModelRef) -> None:
+        """Bring a model into memory if it is not there yet.
 
         Raises:
             ApiError: MODEL_BROKEN, OUT_OF_MEMORY.
         """
-        try:
-            return self.cache.get(ref, lambda: self._expected_bytes(ref))
-        except torch.OutOfMemoryError:
+        with self._leased(ref, lambda: False):
             pass
-        self.cache.clear_others(ref)
-        try:
-            return self.cache.get(ref, lambda: 0)
-        except torch.OutOfMemoryError as fault:
-            raise _out_of_memory(fault) from fault
 
     def generate(
         self,
@@ -87,62 +85,104 @@ class Engine:
         on_phase: OnPhase = lambda kind, status: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Generated:
-        """Run one request.
+        """Run one request in the thread of the caller; its module calls go through the executor.
 
         Args:
             request: validated.
             on_step: called with (step, total) after every denoising step; steps count from 1.
             on_phase: called when ``loadModel`` or ``inference`` starts and is done.
-            cancelled: asked after every step.
+            cancelled: asked before every module call.
 
         Raises:
             Cancelled: ``cancelled`` said so.
             ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY.
         """
         timings: dict[str, int] = {}
-        if request.model not in self.cache:
-            on_phase("loadModel", "start")
-            began = time.perf_counter()
-            self.load(request.model)
-            timings["loadModel"] = _ms(began)
-            on_phase("loadModel", "done")
-        model = self.load(request.model)
-        on_phase("inference", "start")
+        cold = request.model not in self.cache
         began = time.perf_counter()
-        try:
-            images, nsfw, used = self._run(model, request, on_step, cancelled)
-        except torch.OutOfMemoryError as fault:
-            if not self.cache.clear_others(request.model):
-                raise _out_of_memory(fault) from fault
-            log.warning("out of memory: other models are evicted and the request is tried once more")
+        if cold:
+            on_phase("loadModel", "start")
+        with self._leased(request.model, cancelled) as model:
+            if cold:
+                timings["loadModel"] = _ms(began)
+                on_phase("loadModel", "done")
+            on_phase("inference", "start")
+            began = time.perf_counter()
             try:
                 images, nsfw, used = self._run(model, request, on_step, cancelled)
-            except torch.OutOfMemoryError as again:
-                raise _out_of_memory(again) from again
-        timings["inference"] = _ms(began)
+            except torch.OutOfMemoryError as fault:
+                if not self.executor.exclusively(self.cache.clear_idle):
+                    raise _out_of_memory(fault) from fault
+                log.warning("out of memory: idle models are evicted and the request is tried once more")
+                try:
+                    images, nsfw, used = self._run(model, request, on_step, cancelled)
+                except torch.OutOfMemoryError as again:
+                    raise _out_of_memory(again) from again
+            timings["inference"] = _ms(began)
         on_phase("inference", "done")
         return Generated(images, self._meta(model, used), timings, nsfw)
+
+    @contextlib.contextmanager
+    def _leased(self, ref: ModelRef, cancelled: Callable[[], bool]) -> Iterator[LoadedModel]:
+        """Hold a model; waits while there is no room for it beside those that others hold.
+
+        One waits at a time, and whoever comes later stands behind it: a stream of requests for what is in memory
+        cannot keep another model out for ever.
+        """
+        with self._turn:
+            model = self._lease(ref)
+            while model is None:
+                if cancelled():
+                    raise Cancelled
+                with self._released:
+                    self._released.wait(_TICK)
+                model = self._lease(ref)
+        try:
+            yield model
+        finally:
+            self.cache.release(ref)
+            with self._released:
+                self._released.notify_all()
+
+    def _lease(self, ref: ModelRef) -> LoadedModel | None:
+        def lease() -> LoadedModel | None:
+            return self.cache.lease(ref, lambda: self._expected_bytes(ref))
+
+        if model := self.cache.hold(ref):
+            return model
+        try:
+            return cast("LoadedModel | None", self.executor.exclusively(lease))
+        except torch.OutOfMemoryError:
+            pass
+        try:
+            self.executor.exclusively(self.cache.clear_idle)
+            return cast("LoadedModel | None", self.executor.exclusively(lease))
+        except torch.OutOfMemoryError as fault:
+            raise _out_of_memory(fault) from fault
 
     def _run(
         self, model: LoadedModel, request: GenerationRequest, on_step: OnStep, cancelled: Callable[[], bool]
     ) -> tuple[np.ndarray, list[bool] | None, str]:
-        pipe = make_pipeline(model, request.pipeline, request.scheduler, request.safety_checker)
+        ticket = Ticket(cancelled)
+        with self.executor.job(ticket), torch.no_grad():
+            parts, used = components_with(model, request.attention)
+            seen = {name: view(part, self.executor, ticket) for name, part in parts.items()}
+            pipe = make_pipeline(model, seen, request.pipeline, request.scheduler, request.safety_checker)
 
-        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if cancelled():
-                raise Cancelled
-            on_step(step + 1, max(pipe.num_timesteps, step + 1))
-            return {}
+            def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                if cancelled():
+                    raise Cancelled
+                on_step(step + 1, max(pipe.num_timesteps, step + 1))
+                return {}
 
-        arguments: dict[str, Any] = {
-            **request.inputs,
-            **{name: to_pil(picture) for name, picture in request.pictures.items()},
-            "generator": make_generators(request.seed),
-            "callback_on_step_end": after_step,
-            # cropping around a mask pastes the result back with Pillow
-            "output_type": "pil" if request.inputs.get("padding_mask_crop") is not None else "pt",
-        }
-        with torch.no_grad(), attention(pipe, request.attention) as used:
+            arguments: dict[str, Any] = {
+                **request.inputs,
+                **{name: to_pil(picture) for name, picture in request.pictures.items()},
+                "generator": make_generators(request.seed),
+                "callback_on_step_end": after_step,
+                # cropping around a mask pastes the result back with Pillow
+                "output_type": "pil" if request.inputs.get("padding_mask_crop") is not None else "pt",
+            }
             try:
                 out = pipe(**arguments)
             except (Cancelled, torch.OutOfMemoryError):

@@ -10,9 +10,10 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from api.engine.device import Device
+from api.engine.views import locked
 from api.errors import ApiError
 from api.schema.generation import ModelRef
 
@@ -29,15 +30,21 @@ class LoadedModel:
         config: arguments of its pipeline class that are no components.
         bytes: of all parameters and buffers.
         schedulers: by class name, with the model's settings, never run: jobs get copies.
+        variants: modules over the same weights with something switched, such as the attention, by its name.
     """
 
     def __init__(self, ref: ModelRef, dtype: torch.dtype, pipe: diffusers.DiffusionPipeline) -> None:
         self.ref = ref
         self.dtype = dtype
-        self.components: dict[str, Any] = dict(pipe.components)
+        self.components: dict[str, Any] = {name: _for_threads(part) for name, part in pipe.components.items()}
         self.config = {k: v for k, v in pipe.config.items() if k not in self.components and not k.startswith("_")}
         self.schedulers: dict[str, Any] = {}
+        self.variants: dict[str, dict[str, Any]] = {}
         self.bytes = sum(_module_bytes(part) for part in self.components.values() if isinstance(part, nn.Module))
+
+
+def _for_threads(part: Any) -> Any:
+    return locked(part) if isinstance(part, PreTrainedTokenizerBase) else part
 
 
 def _module_bytes(module: nn.Module) -> int:
@@ -97,6 +104,9 @@ def load(ref: ModelRef, device: Device) -> LoadedModel:
             requested=ref.model_id,
         ) from fault
     pipe.to(device.torch)
+    vae = getattr(pipe, "vae", None)
+    if vae is not None and dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+        vae.to(torch.float32)  # it overflows in fp16; the pipelines would cast it for each image
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)

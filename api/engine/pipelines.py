@@ -39,19 +39,23 @@ def _new_scheduler(model: LoadedModel, name: str) -> Any:
         ) from fault
 
 
-def make_pipeline(model: LoadedModel, name: str, scheduler: str, safety_checker: bool) -> diffusers.DiffusionPipeline:
-    """A pipeline object for one job: the model's modules, a scheduler of its own.
+def make_pipeline(
+    model: LoadedModel, components: dict[str, Any], name: str, scheduler: str, safety_checker: bool
+) -> diffusers.DiffusionPipeline:
+    """A pipeline object for one job: views of the model's modules, a scheduler of its own.
 
     Built from components, because ``from_pipe`` may cast the shared modules.
 
     Args:
+        model: whose configuration and scheduler are taken.
+        components: its parts, as this job sees them.
         name: a diffusers pipeline class.
         scheduler: a diffusers scheduler class.
         safety_checker: keep the model's safety checker, where it has one.
     """
     cls = getattr(diffusers, name)
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
-    parts = {k: v for k, v in {**model.config, **model.components}.items() if k in accepted}
+    parts = {k: v for k, v in {**model.config, **components}.items() if k in accepted}
     parts["scheduler"] = make_scheduler(model, scheduler)
     if not safety_checker or parts.get("safety_checker") is None:
         if "safety_checker" in accepted:

@@ -35,18 +35,25 @@ class Cancel(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The worker has imported everything and can take requests."""
+    """The worker has imported everything and can take requests, ``slots`` of them at once."""
 
     device: str
     device_name: str
     versions: dict[str, str]
     init_ms: int
+    slots: int
 
 
 class Loaded(msgspec.Struct, tag=True):
     """The models that are in the worker's memory now, in bytes, least recently used first."""
 
     models: dict[str, int]
+
+
+class Alive(msgspec.Struct, tag=True):
+    """The worker still answers; ``busy`` seconds ago its device began what it is doing, 0 when it does nothing."""
+
+    busy: float
 
 
 class Phase(msgspec.Struct, tag=True):
@@ -94,7 +101,7 @@ class Failed(msgspec.Struct, tag=True):
 
 
 ToWorker = Load | Generate | Cancel
-FromWorker = Ready | Loaded | Phase | Progress | Computed | Done | Failed
+FromWorker = Ready | Loaded | Alive | Phase | Progress | Computed | Done | Failed
 AboutJob = Phase | Progress | Computed | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -46,12 +46,12 @@ def main() -> None:
     device = Device(args.device, required=bool(settings.devices))
     engine = Engine(device)
     init_ms = round((time.perf_counter() - began) * 1000)
-    worker = Worker(link, engine, init_ms)
+    worker = Worker(link, engine, settings.max_concurrency, init_ms)
     while not link.inbox.empty():
         first = link.inbox.get()
         assert isinstance(first, Load)  # the service sends nothing else before it hears Ready
         worker.warm(first)
-    link.send(Ready(str(device.torch), device.name, engine.versions, init_ms))
+    link.send(Ready(str(device.torch), device.name, engine.versions, init_ms, settings.max_concurrency))
     worker.serve()
 
 

@@ -27,7 +27,7 @@ class Link:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._sending = threading.Lock()
-        self.inbox: queue.SimpleQueue[Load | Generate] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Load | Generate | Cancel] = queue.SimpleQueue()
         self._known: set[str] = set()
         self._cancelled: set[str] = set()
         threading.Thread(target=self._listen, name="link", daemon=True).start()
@@ -54,6 +54,7 @@ class Link:
                 if isinstance(message, Cancel):
                     if message.id in self._known:
                         self._cancelled.add(message.id)
+                        self.inbox.put(message)
                     continue
                 if isinstance(message, Generate):
                     self._known.add(message.request.id)

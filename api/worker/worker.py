@@ -1,26 +1,41 @@
-"""Runs requests one after the other on one engine."""
+"""Runs requests on one engine, each in a thread of its own."""
 
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from api.engine.encode import encode
-from api.engine.generate import Cancelled, Engine, Generated
+from api.engine.executor import Cancelled
+from api.engine.generate import Engine, Generated
 from api.engine.parameters import parameters
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult
-from api.schema.messages import Computed, Done, Failed, Load, Loaded, Phase, Progress
+from api.schema.messages import Alive, Computed, Done, Failed, Generate, Load, Loaded, Phase, Progress
 from api.worker.link import Link
 
 log = logging.getLogger("api.worker")
 _ENCODERS = 4
+_ALIVE = 2.0
+"""Seconds between two signs of life."""
+_DEVICE_LOST = 70
+"""Exit status; ``EX_SOFTWARE`` of sysexits.h."""
 _SMALL = 3 * 2**16
 """Bytes of pixels that are encoded sooner than they are handed to another thread."""
+
+
+def _is_fatal(fault: BaseException) -> bool:
+    """Whether the device is of no use any more to this process: after such a CUDA error every later call fails, too."""
+    text = str(fault)
+    return "CUDA error" in text and not isinstance(fault, torch.OutOfMemoryError)
 
 
 def _at_once(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -39,23 +54,34 @@ class Worker:
     Args:
         link: where requests come from.
         engine: what runs them.
+        slots: requests at once.
         init_ms: how long the start took; told once.
     """
 
-    def __init__(self, link: Link, engine: Engine, init_ms: int) -> None:
+    def __init__(self, link: Link, engine: Engine, slots: int, init_ms: int) -> None:
         self._link = link
         self._engine = engine
         self._init_ms: int | None = init_ms
+        self._jobs = ThreadPoolExecutor(slots, thread_name_prefix="job")
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
 
     def serve(self) -> None:
         """Take messages until the process ends."""
+        threading.Thread(target=self._tell_alive, name="alive", daemon=True).start()
         while True:
             message = self._link.inbox.get()
             if isinstance(message, Load):
-                self.warm(message)
+                self._jobs.submit(self.warm, message)
+            elif isinstance(message, Generate):
+                self._jobs.submit(self._generate, message.request, message.events)
             else:
-                self._generate(message.request, message.events)
+                self._engine.executor.wake()
+
+    def _tell_alive(self) -> None:
+        while True:
+            since = self._engine.executor.since
+            self._link.send(Alive(time.monotonic() - since if since else 0.0))
+            time.sleep(_ALIVE)
 
     def warm(self, message: Load) -> None:
         """Load a model ahead of any request; a fault is logged, and told again to who asks for it."""
@@ -63,6 +89,8 @@ class Worker:
             self._engine.load(message.model)
         except ApiError as error:
             log.error("%s: %s", error.code, error.message)
+        except Exception:
+            log.exception("%s cannot be loaded", message.model.model_id)
         self._link.send(Loaded(self._engine.cache.sizes()))
 
     def _generate(self, request: GenerationRequest, events: bool) -> None:
@@ -87,6 +115,9 @@ class Worker:
             details = {"field": error.field, "requested": error.requested, "available": error.available}
             link.send(Failed(job, error.code, error.message, details, traceback.format_exc()))
         except Exception as fault:  # the worker lives on; the client learns that it is not to blame
+            if _is_fatal(fault):
+                log.critical("the device is lost (%s): this worker ends and is replaced", fault)
+                os._exit(_DEVICE_LOST)
             log.exception("a job failed", extra={"request_id": request.request_id})
             message = f"The pipeline failed ({type(fault).__name__}); the server's log says more."
             link.send(Failed(job, "INTERNAL_ERROR", message, {}, traceback.format_exc()))

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.benchmarks import encode, fetch, overhead, startup
+from scripts.benchmarks import batching, encode, fetch, overhead, startup
 from scripts.benchmarks.measure import Figure
 
 BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "overhead": overhead.run,
+    "batching": batching.run,
     "encode": encode.run,
     "startup": startup.run,
     "fetch": fetch.run,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +27,10 @@ def free_port() -> int:
 
 def start(port: int) -> subprocess.Popen[bytes]:
     """Start a server with the demo model."""
+    state = tempfile.mkdtemp(prefix="bench-state-")
+    atexit.register(shutil.rmtree, state, ignore_errors=True)
     env = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port), "MODEL_ID": "demo/shapes", "LOG_LEVEL": "warning"}
+    env["STATE_DIR"] = state
     return subprocess.Popen([sys.executable, "-m", "api", "serve"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
 
 

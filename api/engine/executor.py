@@ -1,0 +1,343 @@
+"""One thread per device, through which all module calls of all running jobs go, several of them as one.
+
+A job's thread hands a call over and waits. The device's thread takes the call of the job that has had least of the
+device so far, adds what may be merged with it (``merging``), runs them once, and gives each job its rows. So jobs share
+the device step by step: a short one that comes behind a long one waits for one call of it, not for all.
+
+Order after L. Kleinrock, least attained service ("Queueing Systems", vol. 2, 1976), with a bound on waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from api.engine.curve import Curve
+from api.engine.merging import CannotSplit, Mergeable, analyse, merge, rejoin, split, take
+
+log = logging.getLogger("api.engine")
+
+_PATIENCE = 0.5
+"""Share of a call's own time that is waited, at most, for jobs that are between two steps."""
+_GAPS = 4
+"""How many times longer than usual a job may take between two calls before it is no longer waited for."""
+_GAP = 0.005
+"""Seconds that a job is thought to take between two calls before that was measured."""
+_CURVES = 1024
+"""Kinds of call that are remembered: shapes and scales are the clients' choice, and modules come and go."""
+_LONGEST_WAIT = 1.0
+"""Seconds after which a call goes first, however much of the device its job has had."""
+
+
+class Cancelled(Exception):
+    """Raised in a job's thread, at its next call, when the job is to stop."""
+
+
+_here = threading.local()
+
+
+class Ticket:
+    """A running job, as the executor knows it.
+
+    Args:
+        cancelled: asked before every call.
+
+    Attributes:
+        attained: seconds of the device that it has had.
+    """
+
+    def __init__(self, cancelled: Callable[[], bool] = lambda: False) -> None:
+        self.cancelled = cancelled
+        self.attained = 0.0
+        self.parked = False
+        self.last: Any = None
+        """Kind of its last call: it is expected to make another one."""
+        self.resumed = 0.0
+        self.gap = 0.0
+        """Seconds that it usually takes from one result to the next call."""
+
+
+class _Call:
+    __slots__ = (
+        "args",
+        "done",
+        "error",
+        "function",
+        "kind",
+        "kwargs",
+        "mergeable",
+        "owner",
+        "result",
+        "since",
+        "ticket",
+    )
+
+    def __init__(self, ticket: Ticket, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]):
+        module = getattr(function, "__self__", None)
+        self.ticket, self.function, self.args, self.kwargs = ticket, function, args, kwargs
+        self.owner = type(module).__name__
+        self.mergeable: Mergeable | None = analyse(function, self.owner, args, kwargs)
+        # the module itself, not its name: two models of one class are two
+        self.kind = (id(module), getattr(function, "__name__", ""), self.mergeable.key if self.mergeable else id(self))
+        self.since = time.monotonic()
+        self.done = threading.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.mergeable.rows if self.mergeable else 1
+
+
+class Executor:
+    """Runs module calls on one device.
+
+    Args:
+        threads: for the computations of a CPU; None: as torch has it.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self._changed = threading.Condition()
+        self._tickets: set[Ticket] = set()
+        self._calls: list[_Call] = []
+        self._alone: list[_Call] = []
+        self._curves: dict[Any, Curve] = {}
+        self._singly: set[tuple[str, str]] = set()
+        self._closed = False
+        self.since: float | None = None
+        """When the call that is being made began (``time.monotonic``); None while nothing is."""
+        self.calls = self.runs = 0
+        """Module calls that were asked for, and those that were made."""
+        self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def job(self, ticket: Ticket) -> Iterator[Ticket]:
+        """Be a running job in this thread. A job that has just begun waits while something runs exclusively.
+
+        On a CPU the thread keeps one core from then on, for the small things between two calls.
+        """
+        if self._threads is not None and not getattr(_here, "is_small", False):
+            # once for each thread: every such call throws away the primitives that oneDNN has prepared for all
+            torch.set_num_threads(1)
+            _here.is_small = True
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone)
+            self._tickets.add(ticket)
+        try:
+            yield ticket
+        finally:
+            with self._changed:
+                self._tickets.discard(ticket)
+                self._changed.notify_all()
+
+    def run(self, ticket: Ticket, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Have a module's method called on the device's thread, perhaps together with others.
+
+        Raises:
+            Cancelled: the job is to stop.
+            Exception: what the call raises.
+        """
+        if ticket.cancelled():
+            raise Cancelled
+        call = _Call(ticket, function, args, kwargs)
+        with self._changed:
+            self.calls += 1
+            if ticket.resumed:
+                between = call.since - ticket.resumed
+                ticket.gap = between if not ticket.gap else 0.7 * ticket.gap + 0.3 * between
+            ticket.parked, ticket.last = True, call.kind
+            self._calls.append(call)
+            self._changed.notify_all()
+        return self._await(call)
+
+    def exclusively(self, function: Callable[[], Any], ticket: Ticket | None = None) -> Any:
+        """Run something on the device's thread while every job is parked.
+
+        For what patches torch process-wide while it runs, such as loading a model.
+
+        Raises:
+            Exception: what it raises.
+        """
+        call = _Call(ticket or Ticket(), function, (), {})
+        with self._changed:
+            if ticket is not None:
+                ticket.parked = True
+            self._alone.append(call)
+            self._changed.notify_all()
+        return self._await(call)
+
+    def close(self) -> None:
+        """End the thread; what waits is cancelled."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(10)
+
+    def wake(self) -> None:
+        """A job was cancelled: let it leave if it waits."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _await(self, call: _Call) -> Any:
+        call.done.wait()
+        if call.error is not None:
+            raise call.error
+        return call.result
+
+    def _serve(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        with torch.no_grad():
+            while True:
+                batch = self._next()
+                if batch is None:
+                    return
+                self.since = began = time.monotonic()
+                self._run(batch)
+                self.since = None
+                self._settle(batch, time.monotonic() - began)
+
+    def _settle(self, batch: list[_Call], seconds: float) -> None:
+        now = time.monotonic()
+        rows = sum(call.rows for call in batch)
+        with self._changed:
+            for call in batch:
+                ticket = call.ticket
+                ticket.attained += seconds * call.rows / rows
+                ticket.parked, ticket.resumed = False, now
+        for call in batch:
+            call.done.set()
+
+    def _next(self) -> list[_Call] | None:
+        """The calls to run now; waits for them. None when it is over."""
+        with self._changed:
+            while True:
+                self._drop_cancelled()
+                if self._closed:
+                    for call in self._calls + self._alone:
+                        call.error = Cancelled()
+                        call.done.set()
+                    return None
+                timeout: float | None = None
+                if self._alone:
+                    if all(ticket.parked for ticket in self._tickets):
+                        return [self._alone.pop(0)]
+                elif self._calls:
+                    batch, timeout = self._choose(time.monotonic())
+                    if timeout is None:
+                        for call in batch:
+                            self._calls.remove(call)
+                        return batch
+                self._changed.wait(timeout)
+
+    def _drop_cancelled(self) -> None:
+        for call in [call for call in self._calls if call.ticket.cancelled()]:
+            self._calls.remove(call)
+            call.ticket.parked = False
+            call.error = Cancelled()
+            call.done.set()
+
+    def _choose(self, now: float) -> tuple[list[_Call], float | None]:
+        """The batch to run, and how long to wait for others to come first or join it: None to run it at once."""
+        first = min(self._calls, key=lambda call: (now - call.since < _LONGEST_WAIT, call.ticket.attained, call.since))
+        curve = self._curve(first)
+        batch, rows = [first], first.rows
+        if not self._runs_alone(first):
+            for call in sorted(self._calls, key=lambda call: call.since):
+                if call is not first and call.kind == first.kind and rows + call.rows <= curve.limit:
+                    batch.append(call)
+                    rows += call.rows
+        patience = _PATIENCE * curve.seconds(rows)
+        joins = rows < curve.limit and not self._runs_alone(first)
+        until = max((self._back_by(ticket, first, joins, patience) for ticket in self._tickets), default=0.0)
+        return batch, until - now if until > now else None
+
+    def _curve(self, call: _Call) -> Curve:
+        """What is known of calls of this kind; of one that runs alone whatever happens, nothing is kept."""
+        if call.mergeable is None:
+            return Curve()
+        curve = self._curves.pop(call.kind, None) or Curve()
+        self._curves[call.kind] = curve  # the one that was used last stands last
+        if len(self._curves) > _CURVES:
+            del self._curves[next(iter(self._curves))]
+        return curve
+
+    def _back_by(self, ticket: Ticket, first: _Call, joins: bool, patience: float) -> float:
+        """Until when a job that is between two steps is waited for: it may join the call, or goes before it."""
+        if ticket.parked or ticket.last is None:
+            return 0.0
+        if not (joins and ticket.last == first.kind) and ticket.attained >= first.ticket.attained:
+            return 0.0
+        return ticket.resumed + min(patience, _GAPS * (ticket.gap or _GAP))
+
+    def _runs_alone(self, call: _Call) -> bool:
+        return call.mergeable is None or (call.owner, call.function.__name__) in self._singly
+
+    def _run(self, batch: list[_Call]) -> None:
+        if len(batch) == 1:
+            self._run_alone(batch[0])
+            return
+        try:
+            calls = [call.mergeable for call in batch if call.mergeable is not None]
+            counts = [call.rows for call in calls]
+            began = time.monotonic()
+            output = batch[0].function(**merge(calls))
+            results = split(output, counts)
+            self._curve(batch[0]).note(sum(counts), time.monotonic() - began)
+            self.runs += 1
+            for call, result in zip(batch, results, strict=True):
+                call.result = result
+            return
+        except CannotSplit as fault:
+            log.info("%s.%s runs unmerged: it returns %s", batch[0].owner, batch[0].function.__name__, fault)
+            self._singly.add((batch[0].owner, batch[0].function.__name__))
+        except torch.OutOfMemoryError:
+            self._curve(batch[0]).cap(sum(call.rows for call in batch) // 2)
+            log.warning("out of memory with %d rows: smaller batches from now on", sum(call.rows for call in batch))
+        except Exception as fault:  # one of them may be to blame: each is told its own
+            log.info("a merged call failed (%s): each part is run alone", type(fault).__name__)
+        for call in batch:
+            self._run_alone(call)
+
+    def _run_alone(self, call: _Call) -> None:
+        began = time.monotonic()
+        try:
+            self.runs += 1
+            call.result = call.function(*call.args, **call.kwargs)
+            if call.mergeable is not None:
+                self._curve(call).note(call.rows, time.monotonic() - began)
+        except torch.OutOfMemoryError as fault:
+            self._run_in_halves(call, fault)
+        except BaseException as fault:
+            call.error = fault
+
+    def _run_in_halves(self, call: _Call, fault: BaseException) -> None:
+        """A call of many rows that does not fit as a whole; the last resort before it fails."""
+        if call.mergeable is None or call.rows == 1:
+            call.error = fault
+            return
+        try:
+            call.result = rejoin(self._halves(call.function, call.mergeable))
+            self._curve(call).cap(call.rows // 2)
+        except BaseException as again:
+            call.error = again
+
+    def _halves(self, function: Callable[..., Any], call: Mergeable) -> list[Any]:
+        middle = call.rows // 2
+        parts: list[Any] = []
+        for half in (take(call, 0, middle), take(call, middle, call.rows)):
+            try:
+                parts.append(function(**half.arguments))
+            except torch.OutOfMemoryError:
+                if half.rows == 1:
+                    raise
+                parts += self._halves(function, half)
+        return parts

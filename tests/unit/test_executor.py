@@ -1,0 +1,281 @@
+"""The device's one thread: what is merged, in which order, and what happens when a call fails."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from api.engine.curve import Curve
+from api.engine.executor import Cancelled, Executor, Ticket
+
+
+class Recorder(nn.Module):
+    """Remembers the rows of each call, and the thread that made it."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+        self.threads: set[str] = set()
+        self.seconds = seconds
+        self.most = 10**9
+        self.gate: threading.Event | None = None
+
+    def forward(self, sample: torch.Tensor, timestep: Any = 0, flag: bool = False) -> torch.Tensor:
+        if sample.shape[0] > self.most:
+            raise torch.OutOfMemoryError
+        if bool((sample == -1).any()):
+            raise ValueError("minus one")
+        self.rows.append(sample.shape[0])
+        self.threads.add(threading.current_thread().name)
+        if self.gate:
+            self.gate.wait(5)
+        time.sleep(self.seconds)
+        steps = torch.as_tensor(timestep).reshape(-1, 1)
+        return sample * 2 + steps
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    running = Executor()
+    yield running
+    running.close()
+
+
+def run_job(executor: Executor, module: Recorder, values: list[float], ticket: Ticket | None = None) -> list[float]:
+    """One job that makes a call for each value, in a thread of its own."""
+    out = []
+    with executor.job(ticket or Ticket()) as held:
+        for value in values:
+            result = executor.run(held, module.forward, (torch.full((1, 1), value),), {"timestep": 0})
+            out.append(float(result))
+    return out
+
+
+def together(*jobs: Callable[[], Any]) -> list[Any]:
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        return [future.result(20) for future in [pool.submit(job) for job in jobs]]
+
+
+def test_jobs_share_calls_and_each_gets_its_own_rows(executor: Executor) -> None:
+    module = Recorder(0.01)
+    jobs = [lambda n=n: run_job(executor, module, [n + k / 10 for k in range(12)]) for n in range(6)]  # type: ignore[misc]
+    results = together(*jobs)
+    for n, result in enumerate(results):
+        assert result == pytest.approx([2 * (n + k / 10) for k in range(12)])
+    assert executor.calls == 72
+    assert executor.runs == len(module.rows) <= 36  # at least two at a time on average
+    assert sum(module.rows) == 72
+    assert module.threads == {"device"}
+
+
+def test_one_job_alone_never_waits(executor: Executor) -> None:
+    module = Recorder(0.02)
+    began = time.monotonic()
+    run_job(executor, module, [1.0] * 20)
+    beyond = time.monotonic() - began - 20 * 0.02
+    assert beyond < 20 * 0.02 * 0.5  # half a call's time is what it would wait for each
+
+
+def test_a_job_that_arrives_behind_a_long_one_goes_first(executor: Executor) -> None:
+    """Its own calls and one of the other's, not the other's whole length."""
+    long, short = Recorder(0.03), Recorder(0.03)
+    order: list[str] = []
+    done = threading.Event()
+
+    def long_job() -> None:
+        run_job(executor, long, [1.0] * 30)
+        order.append("long")
+
+    def short_job() -> None:
+        time.sleep(0.2)
+        before = len(long.rows)
+        run_job(executor, short, [1.0] * 3)
+        order.append("short")
+        assert len(long.rows) - before <= 2
+        done.set()
+
+    together(long_job, short_job)
+    assert order == ["short", "long"]
+
+
+def test_a_call_that_fails_in_company_fails_for_its_job_only(executor: Executor) -> None:
+    module = Recorder(0.01)
+
+    def bad() -> str:
+        with pytest.raises(ValueError, match="minus one"):
+            run_job(executor, module, [5.0, 5.0, 5.0, -1.0])
+        return "bad"
+
+    good = [lambda: run_job(executor, module, [3.0] * 8) for _ in range(3)]
+    assert together(bad, *good) == ["bad", [6.0] * 8, [6.0] * 8, [6.0] * 8]
+
+
+def test_out_of_memory_makes_smaller_batches_and_splits_what_is_too_large(executor: Executor) -> None:
+    module = Recorder()
+    module.most = 2
+    with executor.job(Ticket()) as ticket:
+        sample = torch.arange(7.0).reshape(7, 1)
+        result = executor.run(ticket, module.forward, (sample,), {"timestep": torch.arange(7)})
+    assert result.flatten().tolist() == [3.0 * k for k in range(7)]
+    assert max(module.rows) <= 2
+    jobs = [lambda n=n: run_job(executor, module, [float(n)] * 5) for n in range(5)]  # type: ignore[misc]
+    assert together(*jobs) == [[2.0 * n] * 5 for n in range(5)]
+    module.most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        run_job(executor, module, [1.0])
+
+
+def test_different_modules_shapes_and_flags_are_never_one_call(executor: Executor) -> None:
+    first, second = Recorder(0.005), Recorder(0.005)
+
+    def job(module: Recorder, width: int, flag: bool) -> bool:
+        with executor.job(Ticket()) as ticket:
+            return all(
+                torch.equal(
+                    executor.run(ticket, module.forward, (torch.full((2, width), 3.0),), {"timestep": 1, "flag": flag}),
+                    torch.full((2, width), 7.0),
+                )
+                for _ in range(6)
+            )
+
+    kinds = [(first, 1, False), (first, 2, False), (first, 1, True), (second, 1, False)]
+    assert all(together(*[lambda kind=kind: job(*kind) for kind in kinds]))  # type: ignore[misc]
+    assert set(first.rows) == set(second.rows) == {2}
+
+
+def test_a_cancelled_job_leaves_at_its_next_call_also_while_it_waits(executor: Executor) -> None:
+    module = Recorder()
+    module.gate = threading.Event()
+    stop = threading.Event()
+
+    def waits() -> str:
+        with pytest.raises(Cancelled):
+            run_job(executor, module, [1.0, 1.0], Ticket(stop.is_set))
+        return "left"
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        other = pool.submit(run_job, executor, module, [2.0])
+        while not module.rows:
+            time.sleep(0.001)
+        waiting = pool.submit(waits)
+        time.sleep(0.05)
+        stop.set()
+        module.gate.set()
+        executor.wake()
+        assert waiting.result(5) == "left"
+        assert other.result(5) == [4.0]
+    assert module.rows == [1]
+
+
+def test_what_runs_exclusively_runs_while_every_job_is_parked(executor: Executor) -> None:
+    module = Recorder(0.002)
+    awake = 0
+    seen: list[int] = []
+    lock = threading.Lock()
+
+    def job() -> None:
+        nonlocal awake
+        with executor.job(Ticket()) as ticket:
+            for _ in range(40):
+                with lock:
+                    awake += 1
+                time.sleep(0.0005)
+                with lock:
+                    awake -= 1
+                executor.run(ticket, module.forward, (torch.ones(1, 1),), {})
+
+    def load() -> None:
+        for _ in range(10):
+            executor.exclusively(lambda: (seen.append(awake), time.sleep(0.002), seen.append(awake)))
+            time.sleep(0.003)
+
+    together(job, job, job, load)
+    assert seen == [0] * 20
+
+
+def test_an_error_of_something_exclusive_is_its_callers(executor: Executor) -> None:
+    def fails() -> None:
+        raise LookupError("gone")
+
+    with pytest.raises(LookupError):
+        executor.exclusively(fails)
+    assert executor.exclusively(lambda: 5) == 5
+
+
+def test_no_gradients_are_kept(executor: Executor) -> None:
+    module = nn.Linear(1, 1)
+    with executor.job(Ticket()) as ticket:
+        result = executor.run(ticket, module.forward, (torch.ones(1, 1),), {})
+    assert not result.requires_grad
+
+
+def test_a_batch_grows_as_long_as_it_pays() -> None:
+    curve = Curve()
+    for rows, seconds in ((2, 0.10), (4, 0.12), (8, 0.16), (16, 0.40)):
+        for _ in range(3):
+            curve.note(rows, seconds)
+    assert curve.limit == 8
+    assert curve.seconds(4) == pytest.approx(0.12)
+    curve.cap(5)
+    assert curve.limit == 5
+
+
+def test_one_size_that_was_measured_in_a_bad_moment_keeps_no_larger_one_away() -> None:
+    curve = Curve()
+    for rows, seconds in ((2, 0.036), (6, 0.055), (8, 0.073), (16, 0.094)):
+        for _ in range(3):
+            curve.note(rows, seconds)
+    assert curve.limit >= 16
+
+
+def test_a_device_that_gains_nothing_from_batches_forms_none() -> None:
+    curve = Curve()
+    for rows, seconds in ((2, 0.10), (4, 0.20)):
+        for _ in range(3):
+            curve.note(rows, seconds)
+    assert curve.limit == 2
+
+
+def test_many_jobs_at_once_end() -> None:
+    """No deadlock and no thread left: random shapes, lengths and cancellations."""
+    executor = Executor()
+    module = Recorder()
+    before = threading.active_count()
+
+    def job(n: int) -> None:
+        with executor.job(Ticket(lambda: n % 7 == 0 and len(module.rows) > 50)) as ticket:
+            for k in range(n % 9):
+                sample = torch.ones(1 + n % 3, 1 + k % 2)
+                executor.run(ticket, module.forward, (sample,), {"timestep": k})
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        for future in [pool.submit(job, n) for n in range(400)]:
+            assert not isinstance(future.exception(20), AssertionError | TimeoutError)
+    executor.close()
+    assert threading.active_count() <= before
+
+
+def test_a_call_without_rows_runs_and_ends_nobody(executor: Executor) -> None:
+    module = Recorder()
+    with executor.job(Ticket()) as ticket:
+        out = executor.run(ticket, module.forward, (torch.empty(0, 1),), {})
+    assert out.shape == (0, 1)
+    assert run_job(executor, module, [1.0]) == [2.0]
+
+
+def test_what_is_remembered_of_calls_is_bounded(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that the rule does not know, and calls of ever new shapes, as clients may ask for them."""
+    monkeypatch.setattr("api.engine.executor._CURVES", 20)
+    module = Recorder()
+    with executor.job(Ticket()) as ticket:
+        for size in range(1, 50):
+            executor.run(ticket, module.forward, (torch.ones(1, size),), {})
+            executor.run(ticket, module.forward, (torch.ones(1, 1),), {"flag": [size]})  # a list: it runs alone
+    assert len(executor._curves) == 20
