@@ -62,7 +62,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN useradd --create-home --uid 1000 api \
-    && install -d -o api -g api /home/api/.cache/diffusers-api/models
+    && install -d -o api -g api /home/api/.cache/diffusers-api/models /home/api/.local/state/diffusers-api
 WORKDIR /app
 COPY --from=dependencies /opt/venv /opt/venv
 # compiled once here, so that no start compiles it again

@@ -103,6 +103,13 @@ def _models_dir(value: str) -> Path:
     return Path("~/.cache/diffusers-api/models").expanduser()
 
 
+def _state_dir(value: str) -> Path:
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("there is no home folder; set STATE_DIR to an absolute path") from None
+
+
 def _variable(name: str, default: str, parse: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
     metadata = {"name": name, "default": default, "parse": parse, "meaning": meaning}
     return field(default_factory=lambda: parse(default), metadata=metadata, repr=not secret)
@@ -146,6 +153,17 @@ class Settings:
     runtime_downloads: bool = _variable(
         "RUNTIME_DOWNLOADS", "1", _flag, "0: only what is on the volume or in the image is served"
     )
+    state_dir: Path = _variable(
+        "STATE_DIR",
+        "~/.local/state/diffusers-api",
+        _state_dir,
+        "folder of the jobs for later and their results: on a local disk, one for each container",
+    )
+    persist_inputs: bool = _variable(
+        "PERSIST_INPUTS", "1", _flag, "0: prompts and pictures of jobs for later stay in memory, and end with it"
+    )
+    job_ttl: float = _variable("JOB_TTL", "86400", _seconds, "seconds that a job for later may wait for its turn")
+    result_ttl: float = _variable("RESULT_TTL", "1800", _seconds, "seconds that the result of a job for later is kept")
     baked_models_dir: Path = _variable(
         "BAKED_MODELS_DIR", "/opt/diffusers-api/models", Path, "folder of the models inside the image; only read"
     )
@@ -192,6 +210,9 @@ class Settings:
         "attention kernels; auto is sdpa; what is not installed falls back to it",
     )
     max_queue: int = _variable("MAX_QUEUE", "100", _whole(1, 100_000), "requests that may wait; the next one is a 429")
+    max_concurrency: int = _variable(
+        "MAX_CONCURRENCY", "16", _whole(1, 256), "requests that share a device step by step; 1: one after the other"
+    )
     max_pixels: int = _variable("MAX_PIXELS", "4194304", _whole(64, 2**30), "pixels of one image, in or out")
     max_steps: int = _variable("MAX_STEPS", "500", _whole(1, 100_000), "num_inference_steps of one request")
     max_images: int = _variable("MAX_IMAGES", "16", _whole(1, 1024), "images of one request")
@@ -200,6 +221,9 @@ class Settings:
         "REQUEST_TIMEOUT", "600", _seconds, "seconds a request may take, waiting included"
     )
     fetch_timeout: float = _variable("FETCH_TIMEOUT", "20", _seconds, "seconds an image URL may take")
+    watchdog_timeout: float = _variable(
+        "WATCHDOG_TIMEOUT", "900", _seconds, "seconds after which a device that is still at one call is taken for hung"
+    )
     drain_timeout: float = _variable("DRAIN_TIMEOUT", "30", _seconds, "seconds that running jobs get at SIGTERM")
     allow_private_urls: bool = _variable(
         "ALLOW_PRIVATE_URLS", "0", _flag, "1: URLs in requests may lead into private networks"

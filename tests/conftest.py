@@ -11,6 +11,18 @@ from tests.running import Server, running
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever a test starts keeps its state away from the user's."""
+    before = os.environ.get("STATE_DIR")
+    os.environ["STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    if before is None:
+        del os.environ["STATE_DIR"]
+    else:
+        os.environ["STATE_DIR"] = before
+
+
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MODELS_DIR with tiny random models: tiny/a, tiny/b, tiny/safe, tiny/nsfw, and broken ones."""

@@ -41,6 +41,7 @@ class Server:
             "PORT": str(self.port),
             "LOG_FORMAT": "json",
             "LOG_LEVEL": "info",
+            "STATE_DIR": str(log.with_suffix(".state")),
             **environ,
         }
         self.began = time.monotonic()

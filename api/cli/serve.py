@@ -33,7 +33,9 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         print(f"Cannot listen on {settings.host}:{settings.port}: {fault.strerror or fault}.", file=sys.stderr)
         return 2
     url = _url(settings.host, sock.getsockname()[1])
-    app = build_app(Service(settings))
+    service = Service(settings)
+    service.open()
+    app = build_app(service)
 
     @app.after_server_start
     async def announce(app: Sanic) -> None:

@@ -43,7 +43,7 @@ async def ready(request: Request) -> HTTPResponse:
     """200 when a worker can run jobs."""
     dispatcher = _dispatcher(request)
     transfers = [msgspec.to_builtins(transfer) for transfer in request.app.ctx.service.fetcher.transfers()]
-    body = {**_status(dispatcher), "transfers": transfers}
+    body = {**_status(request), "transfers": transfers}
     return json(body, status=200 if dispatcher.state in _ABLE else 503)
 
 
@@ -52,19 +52,21 @@ async def ping(request: Request) -> HTTPResponse:
     dispatcher = _dispatcher(request)
     if dispatcher.state == "STARTING":
         return empty(status=204)
-    return json(_status(dispatcher), status=200 if dispatcher.state in _ABLE else 503)
+    return json(_status(request), status=200 if dispatcher.state in _ABLE else 503)
 
 
-def _status(dispatcher: Dispatcher) -> dict[str, object]:
+def _status(request: Request) -> dict[str, object]:
+    dispatcher = _dispatcher(request)
     return {
         "state": dispatcher.state,
-        "queue": dispatcher.queued,
+        "queue": dispatcher.queued + request.app.ctx.service.later.waiting,
         "workers": [
             {
                 "device": worker.info.device if worker.info else worker.device,
                 "name": worker.info.device_name if worker.info else None,
                 "ready": worker.ready,
-                "busy": worker.running is not None,
+                "busy": bool(worker.running),
+                "running": len(worker.running),
                 "restarts": worker.restarts,
             }
             for worker in dispatcher.workers

@@ -14,6 +14,7 @@ from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
 from api.errors import ApiError
+from api.http.accept import accept
 from api.http.errors import error_body, to_api_error
 from api.schema.catalogue import nearest
 from api.schema.generation import GenerationResult
@@ -23,6 +24,7 @@ from api.service.service import Service
 
 KEYS = ("modelInputs", "callInputs")
 IMAGE_TYPES = {"image/png": "PNG", "image/webp": "WEBP", "image/jpeg": "JPEG"}
+OFFERS = ("application/json", *IMAGE_TYPES, "application/x-ndjson")
 _HEADER_LIMIT = 4096
 """Bytes of ``$meta`` that fit in a response header; many clients take no more than 8 KiB in all."""
 
@@ -35,8 +37,11 @@ def register(app: Sanic) -> None:
 async def generate(request: Request) -> HTTPResponse | None:
     """Answer one native request."""
     service = request.app.ctx.service
-    service.dispatcher.check_room()
+    if "idempotency-key" not in request.headers:  # else it may be a job that is known
+        service.dispatcher.check_room()
     model_inputs, call_inputs = parse_body(request.body)
+    if call_inputs.get("async") in (True, 1):
+        return await accept(request, model_inputs, call_inputs)
     wanted = wanted_type(request.headers.get("accept"))
     if wanted in IMAGE_TYPES:
         call_inputs = _with_format(call_inputs, wanted)
@@ -59,6 +64,15 @@ def parse_body(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ApiError: INVALID_JSON, INVALID_INPUTS, UNKNOWN_INPUT.
     """
+    return halves(parse_object(body))
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object, or a JSON string that holds one.
+
+    Raises:
+        ApiError: INVALID_JSON.
+    """
     try:
         data = orjson.loads(body)
         if isinstance(data, str):
@@ -67,37 +81,45 @@ def parse_body(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ApiError("INVALID_JSON", f"The body is not JSON: {fault}.") from None
     if not isinstance(data, dict):
         raise ApiError("INVALID_JSON", 'The body must be an object: {"modelInputs": {…}, "callInputs": {…}}.')
+    return data
+
+
+def halves(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``modelInputs`` and ``callInputs`` of a native request.
+
+    Raises:
+        ApiError: INVALID_INPUTS, UNKNOWN_INPUT, MISSING_INPUT.
+    """
     for key in data:
         if key not in KEYS:
             hint = nearest(key, KEYS) or f' Inputs such as "{key[:40]}" belong inside "modelInputs".'
             raise ApiError("UNKNOWN_INPUT", f"Unknown key.{hint}", field=key[:200], available=list(KEYS))
-    halves = []
+    found = []
     for key in KEYS:
         half = data.get(key)
         if half is None:
             half = {}
         if not isinstance(half, dict):
             raise ApiError("INVALID_INPUTS", "Must be an object.", field=key)
-        halves.append(half)
+        found.append(half)
     if "modelInputs" not in data:
         raise ApiError("MISSING_INPUT", 'There are no inputs: send {"modelInputs": {"prompt": …}}.', field=KEYS[0])
-    return halves[0], halves[1]
+    return found[0], found[1]
 
 
-def wanted_type(accept: str | None) -> str:
-    """Which of the types that we can answer in a client likes best (RFC 9110, 12.5.1); JSON if it has no wish.
+def wanted_type(accept: str | None, offers: tuple[str, ...] = OFFERS) -> str:
+    """Which of the types that we can answer in a client likes best (RFC 9110, 12.5.1); the first if it has no wish.
 
     Raises:
         ApiError: NOT_ACCEPTABLE when it likes none.
     """
-    offers = ("application/json", *IMAGE_TYPES, "application/x-ndjson")
     best, best_quality = "", 0.0
     for offer in offers:
         quality = _quality(offer, accept or "*/*")
         if quality > best_quality:
             best, best_quality = offer, quality
     if not best:
-        raise ApiError("NOT_ACCEPTABLE", "The answer is JSON or an image.", requested=accept, available=list(offers))
+        raise ApiError("NOT_ACCEPTABLE", "The answer is of another type.", requested=accept, available=list(offers))
     return best
 
 
@@ -129,11 +151,17 @@ def _with_format(call_inputs: dict[str, Any], wanted: str) -> dict[str, Any]:
     return {**call_inputs, "image_format": IMAGE_TYPES[wanted]}
 
 
-def result_body(result: GenerationResult) -> dict[str, Any]:
-    """A result as the native dialect writes it."""
+def result_body(result: GenerationResult, links: list[str] | None = None) -> dict[str, Any]:
+    """A result as the native dialect writes it.
+
+    Args:
+        links: where the images are, to be told instead of the images.
+    """
     images = [pybase64.b64encode_as_string(image) for image in result.images]
     body: dict[str, Any] = {"$meta": result.meta}
-    if len(images) == 1:
+    if links is not None:
+        body["image_urls"] = links
+    elif len(images) == 1:
         body["image_base64"] = images[0]
     else:
         body["images_base64"] = images

@@ -105,23 +105,11 @@ class Admission:
             ApiError: the first thing that is wrong.
         """
         options = check_options(call_inputs)
-        ref = read_ref(options, self._settings)
-        if ref is None:
-            raise ApiError(
-                "NO_MODEL_ID",
-                "No model was named and this server has no default.",
-                field="callInputs.MODEL_ID",
-                available=self._library.names(),
-            )
+        ref = self._ref(options)
         pictures: dict[str, Picture] = {}
 
         async def check(model: InstalledModel) -> _Draft:
-            draft = self._check(model, options, model_inputs, ref)
-            if not pictures:  # read once, also where it is checked before the model is fetched and after
-                pictures.update(await self._pictures(draft, model_inputs))
-            _fill_size(draft.given, draft.accepted, model, pictures.get("image"))
-            checks.check_size(draft.given, model, self._settings)
-            return draft
+            return await self._checked(model, options, model_inputs, ref, pictures)
 
         found = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         fetched = Fetched(found, {}) if found else None
@@ -132,6 +120,57 @@ class Admission:
             draft = await check(fetched.model)
             request = self._complete(request_id, draft, pictures, ref)
         return Admitted(request, {**options, "callback_steps": draft.callback_steps}, fetched.timings)
+
+    async def check(self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]) -> None:
+        """Validate a request that is to run later, as far as that goes without fetching anything.
+
+        Where its model is here, all that is left for later is what lies behind the URLs of images.
+
+        Raises:
+            ApiError: the first thing that is wrong.
+        """
+        options = check_options(call_inputs)
+        if options.get("streamEvents"):
+            message = "A job for later is not streamed to the one who sends it: read GET /jobs/{id}/events."
+            raise ApiError("INVALID_INPUTS", message, field="callInputs.streamEvents")
+        ref = self._ref(options)
+        model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
+        if model is None:
+            check_early(options, model_inputs)
+            if not self._fetcher.is_local(ref):
+                return
+            model = (await self._fetcher.ensure(ref, _anything)).model  # no network: it says what there is
+        if options.get("is_url"):
+            self._check(model, options, model_inputs, ref)
+        else:
+            await self._checked(model, options, model_inputs, ref, {})
+
+    async def _checked(
+        self,
+        model: InstalledModel,
+        options: dict[str, Any],
+        model_inputs: dict[str, Any],
+        ref: SourceRef,
+        pictures: dict[str, Picture],
+    ) -> _Draft:
+        """Everything that can be said of a request with its model's configuration; fills in its pictures."""
+        draft = self._check(model, options, model_inputs, ref)
+        if not pictures:  # read once, also where it is checked before the model is fetched and after
+            pictures.update(await self._pictures(draft, model_inputs))
+        _fill_size(draft.given, draft.accepted, model, pictures.get("image"))
+        checks.check_size(draft.given, model, self._settings)
+        return draft
+
+    def _ref(self, options: dict[str, Any]) -> SourceRef:
+        ref = read_ref(options, self._settings)
+        if ref is None:
+            raise ApiError(
+                "NO_MODEL_ID",
+                "No model was named and this server has no default.",
+                field="callInputs.MODEL_ID",
+                available=self._library.names(),
+            )
+        return ref
 
     def _check(
         self, model: InstalledModel, options: dict[str, Any], model_inputs: dict[str, Any], ref: SourceRef
@@ -278,6 +317,10 @@ class Admission:
             return await read_picture(given[name], f"modelInputs.{old}", mode, is_url, self._settings)
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+
+async def _anything(model: InstalledModel) -> None:
+    """No more is to be said of it."""
 
 
 def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:

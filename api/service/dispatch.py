@@ -18,6 +18,8 @@ from api.settings import Settings
 log = logging.getLogger("api.dispatch")
 
 MAX_TRIES = 2
+_REMEMBER = 600.0
+"""Seconds for which a request that killed a worker is refused."""
 _FIRST_GUESS = 2.0
 """Seconds a job is thought to take before any has been measured."""
 
@@ -44,8 +46,11 @@ class Dispatcher:
         self.expected = 0
         self._warm: list[Load] = []
         self._jobs: dict[str, Job] = {}
-        self.workers = [Worker(device, self._on_message, self._on_state) for device in devices]
+        self.workers = [
+            Worker(device, settings.watchdog_timeout, self._on_message, self._on_state) for device in devices
+        ]
         self._seconds = _FIRST_GUESS
+        self._killers: dict[str, float] = {}
         self.draining = False
 
     def start(self) -> None:
@@ -80,7 +85,7 @@ class Dispatcher:
         ready = [worker for worker in self.workers if worker.ready]
         if not ready or self.initializing:
             return "STARTING"
-        return "BUSY" if all(worker.running for worker in ready) else "READY"
+        return "READY" if any(worker.free for worker in ready) else "BUSY"
 
     def warm(self, ref: ModelRef) -> None:
         """Load a model on every worker, now and whenever one starts again."""
@@ -106,7 +111,9 @@ class Dispatcher:
             raise ApiError("NOT_READY", "The workers do not start; the server's log says why.")
         waiting = len(self._queue) + self.expected
         if waiting >= self._settings.max_queue:
-            wait = max(1, math.ceil(waiting * self._seconds / max(1, len(self.workers))))
+            # what a job takes was measured beside as many others as a worker has slots
+            slots = sum(worker.info.slots if worker.info else 1 for worker in self.workers)
+            wait = max(1, math.ceil(waiting * self._seconds / max(1, slots)))
             message = f"{waiting} requests are waiting, as many as MAX_QUEUE allows."
             raise ApiError("QUEUE_FULL", message, retry_after=wait)
 
@@ -117,26 +124,41 @@ class Dispatcher:
             ApiError: QUEUE_FULL, NOT_READY.
         """
         self.check_room()
+        self._check_harmless(job)
         self._jobs[job.id] = job
         self._queue.append(job)
         self._feed()
 
+    def _check_harmless(self, job: Job) -> None:
+        """Refuse what killed a worker not long ago."""
+        now = time.monotonic()
+        self._killers = {print_: since for print_, since in self._killers.items() if now - since < _REMEMBER}
+        if self._killers and job.fingerprint in self._killers:
+            message = "The same request killed a worker, running alone, within the last ten minutes."
+            raise ApiError("JOB_KILLED_WORKER", message, retry_after=math.ceil(_REMEMBER))
+
     def cancel(self, job: Job, error: ApiError) -> None:
         """End a job wherever it is; one that runs stops at its next step."""
         for worker in self.workers:
-            if worker.running == job.id and worker.ready:
+            if job.id in worker.running and worker.ready:
                 worker.send(Cancel(job.id))
         self._finish(job, error)
 
     def _feed(self) -> None:
         for job in list(self._queue):
-            free = [worker for worker in self.workers if worker.ready and not worker.running]
+            free = [worker for worker in self.workers if worker.free]
             if not free:
                 return
+            if job.alone:
+                free = [worker for worker in free if not worker.running]
+                if not free:
+                    # it stands first in line: others wait, or it would never find a worker empty
+                    return
             key = job.request.model.key
-            worker = next((w for w in free if key in w.models), free[0])
+            worker = max(free, key=lambda w: (key in w.models, w.free))
             self._queue.remove(job)
             job.start()
+            worker.alone = job.alone
             worker.run(job.id, job.framed)
 
     def _finish(self, job: Job, error: ApiError) -> None:
@@ -148,7 +170,7 @@ class Dispatcher:
     def _on_message(self, worker: Worker, message: AboutJob) -> None:
         job = self._jobs.get(message.id)
         if isinstance(message, Computed):
-            worker.running = None
+            worker.running.discard(message.id)
             worker.encoding.add(message.id)
             self._feed()
             return
@@ -157,8 +179,7 @@ class Dispatcher:
                 job.report(message)
             return
         worker.encoding.discard(message.id)
-        if worker.running == message.id:
-            worker.running = None
+        worker.running.discard(message.id)
         if job:
             self._seconds += 0.2 * (time.monotonic() - (job.started or job.created) - self._seconds)
             del self._jobs[job.id]
@@ -173,19 +194,26 @@ class Dispatcher:
 
     def _on_state(self, worker: Worker) -> None:
         if not worker.ready:
-            held = worker.encoding | ({worker.running} if worker.running else set())
-            worker.running, worker.encoding = None, set()
-            for job in [self._jobs[job_id] for job_id in held if job_id in self._jobs]:
-                self._try_again(job)
+            ran, encoded = worker.running, worker.encoding
+            worker.running, worker.encoding = set(), set()
+            for job in [self._jobs[job_id] for job_id in encoded | ran if job_id in self._jobs]:
+                self._try_again(job, ran == {job.id})
         if self.state == "DEFUNCT":
             for job in list(self._jobs.values()):
                 self._finish(job, ApiError("NOT_READY", "The workers do not start; the server's log says why."))
         self._feed()
 
-    def _try_again(self, job: Job) -> None:
+    def _try_again(self, job: Job, was_alone: bool) -> None:
+        about = {"request_id": job.request.request_id}
         if job.tries < MAX_TRIES:
-            log.warning("its worker died; the job is tried once more", extra={"request_id": job.request.request_id})
+            log.warning("its worker died; the job is tried once more, alone", extra=about)
             job.requeue()
+            job.alone = True
             self._queue.appendleft(job)
+        elif job.alone and was_alone:
+            log.error("the job killed a worker, running alone; it is refused for a while", extra=about)
+            self._killers[job.fingerprint] = time.monotonic()
+            message = "The worker died while it ran this request alone. It is not tried again for ten minutes."
+            self._finish(job, ApiError("JOB_KILLED_WORKER", message))
         else:
             self._finish(job, ApiError("WORKER_DIED", "The worker died twice while it ran this request."))

@@ -135,7 +135,7 @@ class Fetcher:
         Raises:
             ApiError: what ``check`` raises; MODEL_MISMATCH when there are no downloads; what the source says.
         """
-        if not self._settings.runtime_downloads or (ref.is_plain and ref.repo.startswith(f"{BUNDLED_ORG}/")):
+        if self.is_local(ref):
             return Fetched(await asyncio.to_thread(self._without_source, ref), {})
         fetch = self._fetches.get(ref.name)
         while fetch is not None and fetch.stopped.is_set():
@@ -158,6 +158,10 @@ class Fetcher:
             return await asyncio.shield(fetch.outcome)
         finally:
             fetch.leave(on_event)
+
+    def is_local(self, ref: SourceRef) -> bool:
+        """Whether a model is here or nowhere: it is not looked for on the network."""
+        return not self._settings.runtime_downloads or (ref.is_plain and ref.repo.startswith(f"{BUNDLED_ORG}/"))
 
     @contextlib.contextmanager
     def hold(self, model: InstalledModel) -> Iterator[None]:

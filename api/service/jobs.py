@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from enum import StrEnum
+
+import msgspec
 
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult
@@ -45,6 +48,7 @@ class Job:
 
     Attributes:
         framed: the message that gives it to a worker.
+        alone: a worker died under it: it runs by itself from now on, so that a second death has one cause.
 
     Raises:
         ApiError: INVALID_INPUTS when an input cannot be handed to a worker.
@@ -61,6 +65,7 @@ class Job:
         self.framed = _frame(request, events=on_event is not None)
         self.state = JobState.IN_QUEUE
         self.tries = 0
+        self.alone = False
         self.created = time.monotonic()
         self.started: float | None = None
         self._on_event = on_event
@@ -70,6 +75,14 @@ class Job:
     def id(self) -> str:
         """The request's id."""
         return self.request.id
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for two jobs that ask for the same."""
+        request = self.request
+        pictures = {name: picture.sha256 for name, picture in request.pictures.items()}
+        parts = [request.model.key, request.pipeline, request.scheduler, request.inputs, pictures, request.attention]
+        return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
     @property
     def over(self) -> bool:

@@ -22,6 +22,7 @@ TEXT = {
 }
 FLAGS = {
     "streamEvents": "answer with a stream of events, one JSON object a line",
+    "async": "answer at once with the id of a job for later",
     "is_url": "image, mask_image and init_image are URLs",
     "safety_checker": "run the model's safety checker, where it has one",
     "xformers_memory_efficient_attention": "use xformers where installed",

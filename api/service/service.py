@@ -22,6 +22,7 @@ from api.service.admission import Admission, Admitted
 from api.service.dispatch import Dispatcher
 from api.service.fetcher import Fetcher
 from api.service.jobs import Job
+from api.service.later import Later
 from api.settings import Settings
 
 log = logging.getLogger("api.service")
@@ -62,6 +63,7 @@ class Service:
         self.fetcher = Fetcher(settings, self.library, self.dispatcher.folders)
         has_gpu = any(name.startswith("cuda") for name in names)
         self._admission = Admission(settings, self.library, self.fetcher, has_gpu)
+        self.later = Later(settings, self)
         self._to_fetch = [ref for ref in self._admission.default_refs() if not self._warm(ref, self.library.find(ref))]
         self._fetching: asyncio.Task[None] | None = None
         if self._to_fetch and not settings.runtime_downloads:
@@ -69,12 +71,21 @@ class Service:
             message = f"Not here: {missing}; and RUNTIME_DOWNLOADS=0 forbids to fetch it."
             raise ApiError("MODEL_MISMATCH", message, available=self.library.names())
 
+    def open(self) -> None:
+        """Take what only one server may have, ahead of ``start``.
+
+        Raises:
+            SettingsError: STATE_DIR cannot be used, or another server uses it.
+        """
+        self.later.open()
+
     def start(self) -> None:
         """Start the workers, and fetch the models that they are to have; returns at once."""
         # name look-ups and image decoding share these threads: slow ones must not starve the rest
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(_THREADS, "service"))
         self.dispatcher.start()
+        self.later.start()
         loop.run_in_executor(None, self.library.volume.sweep)
         if self._to_fetch:
             self.dispatcher.initializing = True
@@ -85,8 +96,10 @@ class Service:
         self.dispatcher.draining = True
         if self._fetching:
             self._fetching.cancel()
+        self.later.close()
         await self.fetcher.stop()
         await self.dispatcher.stop()
+        await self.later.stop()
 
     async def admit(
         self,
@@ -94,24 +107,37 @@ class Service:
         model_inputs: dict[str, Any],
         call_inputs: dict[str, Any],
         on_event: Callable[[Transfer], None] | None = None,
+        patience: float | None = None,
     ) -> Admitted:
         """Validate a request without running it, and get its model here; see ``Admission.admit``.
 
+        Args:
+            patience: seconds that its model may take; REQUEST_TIMEOUT where a client waits.
+
         Raises:
-            ApiError: what is wrong with it; TIMED_OUT when the model takes longer than REQUEST_TIMEOUT.
+            ApiError: what is wrong with it; TIMED_OUT when the model takes longer.
         """
+        patience = patience or self.settings.request_timeout
         self.dispatcher.expected += 1
         try:
-            async with asyncio.timeout(self.settings.request_timeout):
+            async with asyncio.timeout(patience):
                 return await self._admission.admit(request_id, model_inputs, call_inputs, on_event)
         except TimeoutError:
             message = (
-                f"The model was not here within REQUEST_TIMEOUT of {self.settings.request_timeout:g} s. "
+                f"The model was not here within {patience:g} s. "
                 "It is still being fetched: send the request again later, or watch GET /models."
             )
             raise ApiError("TIMED_OUT", message) from None
         finally:
             self.dispatcher.expected -= 1
+
+    async def check(self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]) -> None:
+        """Say what is wrong with a request, as far as that can be said at once; see ``Admission.check``.
+
+        Raises:
+            ApiError: what is wrong with it.
+        """
+        await self._admission.check(model_inputs, call_inputs)
 
     def submit(self, admitted: Admitted, on_event: Callable[[Phase | Progress], None] | None = None) -> Job:
         """Put a request in line; ``finish`` waits for it.
@@ -141,7 +167,7 @@ class Service:
             self.dispatcher.cancel(job, error)
             raise error from None
         except asyncio.CancelledError:
-            log.info("the client went away; its job is cancelled", extra={"request_id": job.request.request_id})
+            log.info("nobody waits for the job any more; it is cancelled", extra={"request_id": job.request.request_id})
             self.dispatcher.cancel(job, ApiError("CANCELLED", "The client went away."))
             raise
         self.fetcher.upload_after_use(Path(job.request.model.folder))

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from api.schema.messages import (
     HEADER,
     AboutJob,
+    Alive,
     Cancel,
     FromWorker,
     Load,
@@ -32,6 +33,9 @@ log = logging.getLogger("api.workers")
 
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
 """A worker reads models from disk and nowhere else."""
+_PREFERENCES = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""What the environment may say otherwise. Threads that spin at a barrier take the core from the one they wait for: on
+busy cores a worker became a hundred times slower, on idle ones nothing is lost."""
 _MAX_FAILED_STARTS = 5
 """After so many deaths in a row before it was ready, a worker is DEFUNCT until a start succeeds."""
 _LONGEST_PAUSE = 30.0
@@ -43,11 +47,13 @@ class Worker:
 
     Args:
         device: e.g. ``cuda:0`` or ``cpu``.
+        patience: seconds that its device may be at one call, and that it may be silent at most, before it is killed.
         on_message: called with every message about a job.
         on_state: called when the worker becomes ready or dies; ``worker.ready`` says which.
 
     Attributes:
-        running: id of the job that the device works on.
+        running: ids of the jobs that share the device.
+        alone: the one job that runs has the worker for itself.
         encoding: ids of jobs whose images are being encoded, beside the device's work.
         defunct: it does not start; tried again now and then.
     """
@@ -55,6 +61,7 @@ class Worker:
     def __init__(
         self,
         device: str,
+        patience: float,
         on_message: Callable[[Worker, AboutJob], None],
         on_state: Callable[[Worker], None],
     ) -> None:
@@ -64,9 +71,12 @@ class Worker:
         self.ready = False
         self.restarts = 0
         self.defunct = False
-        self.running: str | None = None
+        self.running: set[str] = set()
+        self.alone = False
         self.encoding: set[str] = set()
         self._warm: list[Load] = []
+        self._patience = patience
+        self._alarm: asyncio.TimerHandle | None = None
         self._on_message = on_message
         self._on_state = on_state
         self._writer: asyncio.StreamWriter | None = None
@@ -79,6 +89,13 @@ class Worker:
     def pid(self) -> int | None:
         """The process id of the living incarnation."""
         return self._process.pid if self._process and self._process.returncode is None else None
+
+    @property
+    def free(self) -> int:
+        """How many more jobs it can take now."""
+        if not self.ready or self.info is None or (self.alone and self.running):
+            return 0
+        return self.info.slots - len(self.running)
 
     def start(self) -> None:
         """Start the process and keep it alive until ``stop``."""
@@ -117,7 +134,7 @@ class Worker:
             job_id: its id.
             framed: its ``Generate`` message, encoded when it was admitted, where a fault is the client's.
         """
-        self.running = job_id
+        self.running.add(job_id)
         self._write(framed)
 
     def _write(self, data: bytes) -> None:
@@ -145,6 +162,20 @@ class Worker:
             self.restarts += 1
             await asyncio.sleep(min(0.1 * 2**failed_starts, _LONGEST_PAUSE) if failed_starts else 0)
 
+    def _heard(self, busy: float) -> None:
+        """It gave a sign of life."""
+        if self._alarm:
+            self._alarm.cancel()
+        if busy > self._patience:
+            self._hung(f"has been at one call for {busy:.0f} s")
+        else:
+            self._alarm = asyncio.get_running_loop().call_later(self._patience, self._hung, "says nothing any more")
+
+    def _hung(self, how: str) -> None:
+        log.error("worker %s %s: it is killed and started again", self.device, how)
+        if self._process and self._process.returncode is None:
+            self._process.kill()
+
     async def _kill(self) -> None:
         if self._process and self._process.returncode is None:
             self._process.kill()
@@ -153,6 +184,8 @@ class Worker:
     def _ended(self) -> None:
         """The process is gone, and with it everything that is known of it."""
         self.ready, self.models, self.info = False, {}, None
+        if self._alarm:
+            self._alarm.cancel()
         if self._writer:
             self._writer.close()
         self._on_state(self)
@@ -167,7 +200,7 @@ class Worker:
                 str(theirs.fileno()),
                 self.device,
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, **_ENVIRONMENT},
+                env={**_PREFERENCES, **os.environ, **_ENVIRONMENT},
                 stdin=asyncio.subprocess.DEVNULL,
             )
         self._process, self._writer = process, None
@@ -191,8 +224,11 @@ class Worker:
         if isinstance(message, Ready):
             self.info, self.ready, self._was_ready, self.defunct = message, True, True, False
             log.info("worker %s is ready (%s)", message.device, message.device_name)
+            self._heard(0.0)
             self._on_state(self)
         elif isinstance(message, Loaded):
             self.models = message.models
+        elif isinstance(message, Alive):
+            self._heard(message.busy)
         else:
             self._on_message(self, message)

@@ -22,7 +22,9 @@ LONG = {"prompt": "a red circle", "num_inference_steps": 500, "seed": 1}
 
 @pytest.fixture
 def fresh(tmp_path: Path, models_dir: Path) -> Iterator[Server]:
-    server = Server({"MODELS_DIR": str(models_dir), "DRAIN_TIMEOUT": "20"}, tmp_path / "server.log")
+    server = Server(
+        {"MODELS_DIR": str(models_dir), "DRAIN_TIMEOUT": "60", "MAX_CONCURRENCY": "2"}, tmp_path / "server.log"
+    )
     try:
         yield server
     finally:
@@ -77,7 +79,8 @@ def test_a_worker_that_dies_is_replaced_and_its_job_is_done_all_the_same(fresh: 
         answers = [job.result() for job in jobs]
     assert [a.status_code for a in answers] == [200, 200, 200]
     for answer, reference in zip(answers, (slow_alone, alone, alone), strict=True):
-        assert np.array_equal(images_of(answer.json())[0], reference)
+        # made in company, where the kernels sum in another order
+        assert np.abs(images_of(answer.json())[0].astype(int) - reference).max() <= 1
     assert fresh.process.poll() is None
     assert fresh.client.get("/health/ready").json()["workers"][0]["restarts"] == 1
 
@@ -92,23 +95,25 @@ def test_a_job_whose_worker_dies_twice_is_failed_not_retried_for_ever(fresh: Ser
             fresh_restarts = time.monotonic() + 30
             while fresh.client.get("/health/ready").status_code == 200 and time.monotonic() < fresh_restarts:
                 time.sleep(0.02)
-        assert job.result().status_code == 503
-    assert job.result().json()["$error"]["code"] == "WORKER_DIED"
+        assert job.result().status_code == 422
+    assert job.result().json()["$error"]["code"] == "JOB_KILLED_WORKER"
     assert fresh.post(GOOD).status_code == 200
+    assert fresh.post(LONG).json()["$error"]["code"] == "JOB_KILLED_WORKER"  # the same again: said at once
 
 
 def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(fresh: Server) -> None:
     fresh.wait_ready()
     pids = fresh.worker_pids()
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        running_job = pool.submit(fresh.post, {**LONG, "num_inference_steps": 100})
-        wait_busy(fresh)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        running_jobs = [pool.submit(fresh.post, {**LONG, "num_inference_steps": 100 + n}) for n in range(2)]
+        while fresh.client.get("/health/ready").json()["workers"][0]["running"] != 2:
+            time.sleep(0.01)
         waiting_job = pool.submit(fresh.post, GOOD)
         while fresh.client.get("/health/ready").json()["queue"] != 1:
             time.sleep(0.01)
         fresh.process.send_signal(signal.SIGTERM)
         assert waiting_job.result().json()["$error"]["code"] == "NOT_READY"
-        assert running_job.result().status_code == 200
+        assert [job.result().status_code for job in running_jobs] == [200, 200]
     assert fresh.process.wait(10) == 0
     for pid in pids:
         wait_gone(pid)

@@ -32,8 +32,12 @@ def test_the_readme_lists_every_call_input() -> None:
 
 def test_the_readme_lists_every_route() -> None:
     app = build_app(Service(Settings.from_env({})), "docs-test")
-    routes = {"/" + route.path for route in app.router.routes} - {"/"}
-    assert routes == set(re.findall(r"`GET (/[\w/]+)`", (ROOT / "README.md").read_text().split("## Other routes")[1]))
+    routes = [(re.sub(r"<(\w+)(:\w+)?>", r"{\1}", "/" + route.path), route.methods) for route in app.router.routes]
+    served = {f"{method} {path}" for path, methods in routes for method in methods - {"HEAD", "OPTIONS"}}
+    told = re.findall(
+        r"`((?:GET|POST|DELETE) /[\w/{}]*)`", (ROOT / "README.md").read_text().split("## Other routes")[1]
+    )
+    assert served - {"POST /"} == set(told)
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -14,9 +14,11 @@ from api.service.workers import Worker
 class Watched:
     """A worker and what it reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 60) -> None:
         self.states: list[bool] = []
-        self.worker = Worker("cpu", lambda worker, message: None, lambda worker: self.states.append(worker.ready))
+        self.worker = Worker(
+            "cpu", patience, lambda worker, message: None, lambda worker: self.states.append(worker.ready)
+        )
 
 
 async def until(condition: Any, seconds: float = 10) -> None:
@@ -66,7 +68,7 @@ async def test_it_is_defunct_while_it_does_not_start_and_no_longer_when_it_does(
     from api.schema.messages import Ready, frame
 
     monkeypatch.setattr(workers, "_LONGEST_PAUSE", 0.05)
-    ready = frame(Ready("cpu", "a CPU", {}, 1))
+    ready = frame(Ready("cpu", "a CPU", {}, 1, 2))
     good = f"import socket,sys,time; socket.socket(fileno=int(sys.argv[1])).sendall({ready!r}); time.sleep(60)"
     real, count = asyncio.create_subprocess_exec, 0
 
@@ -81,4 +83,49 @@ async def test_it_is_defunct_while_it_does_not_start_and_no_longer_when_it_does(
     await until(lambda: watched.worker.defunct)
     await until(lambda: watched.worker.ready)
     assert not watched.worker.defunct
+    await watched.worker.stop()
+
+
+@pytest.mark.parametrize("then", ["time.sleep(60)", "s.sendall(BUSY); time.sleep(60)"], ids=["silent", "hung"])
+async def test_a_worker_that_hangs_is_killed_and_started_again(monkeypatch: pytest.MonkeyPatch, then: str) -> None:
+    from api.schema.messages import Alive, Ready, frame
+
+    ready, busy = frame(Ready("cpu", "a CPU", {}, 1, 2)), frame(Alive(5.0))
+    code = (
+        f"import socket,sys,time; s=socket.socket(fileno=int(sys.argv[1])); s.sendall({ready!r}); BUSY={busy!r}; {then}"
+    )
+    real = asyncio.create_subprocess_exec
+    started = []
+
+    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        started.append(await real(args[0], "-c", code, args[3], **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    watched = Watched(patience=0.5)
+    watched.worker.start()
+    await until(lambda: len(started) >= 2)
+    assert started[0].returncode == -9
+    assert watched.states[:2] == [True, False]
+    await watched.worker.stop()
+
+
+async def test_a_worker_that_gives_signs_of_life_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from api.schema.messages import Alive, Ready, frame
+
+    ready, alive = frame(Ready("cpu", "a CPU", {}, 1, 2)), frame(Alive(0.1))
+    code = f"import socket,sys,time; s=socket.socket(fileno=int(sys.argv[1])); s.sendall({ready!r})\nwhile 1: s.sendall({alive!r}); time.sleep(.1)"
+    real = asyncio.create_subprocess_exec
+    started = []
+
+    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        started.append(await real(args[0], "-c", code, args[3], **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    watched = Watched(patience=0.5)
+    watched.worker.start()
+    await asyncio.sleep(1.5)
+    assert len(started) == 1
+    assert watched.worker.ready
     await watched.worker.stop()

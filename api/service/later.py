@@ -1,0 +1,287 @@
+"""Jobs for later: accepted now, run when it is their turn, read when the client likes, safe against a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import secrets
+import sqlite3
+import time
+from collections.abc import Coroutine
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from api.errors import ApiError
+from api.schema.generation import GenerationResult
+from api.service.jobs import JobState
+from api.service.ledger import Ledger
+from api.service.reports import Report, state_event
+from api.service.store import MAX_TRIES, Accepted, Entry, Store, Turn
+from api.settings import Settings
+
+if TYPE_CHECKING:
+    from api.service.service import Service
+
+log = logging.getLogger("api.later")
+
+PRIORITIES = {"low": 0, "normal": 1, "high": 2}
+_LOOK = 0.25
+"""Seconds between two looks for a free worker while jobs wait."""
+_PAUSE = 1.0
+"""Seconds before the next try when the workers, or the store, could not."""
+_LAST_WORDS = 5.0
+"""Seconds that it may take to write how jobs ended, once the workers stopped."""
+_NOT_ITS_FAULT = ("QUEUE_FULL", "NOT_READY")
+"""The server could not: the job goes on waiting, and it was no try of it."""
+_T = TypeVar("_T")
+
+
+class Later:
+    """Accepts and runs jobs that are not bound to a connection.
+
+    They count as queued requests, so MAX_QUEUE bounds both together, and as many run at once as the workers
+    have room for; from there on they stand in line with the others.
+
+    Args:
+        settings: where the store is, and how long things are kept.
+        service: runs the jobs.
+
+    Attributes:
+        ledger: what is known of each job, to be read.
+        waiting: how many jobs wait in the store.
+    """
+
+    def __init__(self, settings: Settings, service: Service) -> None:
+        self._settings = settings
+        self._service = service
+        self._store = Store(settings.state_dir, persist_inputs=settings.persist_inputs)
+        self.ledger = Ledger(self._store, settings.result_ttl)
+        self.waiting = 0
+        self._running: dict[str, tuple[asyncio.Task[None], Report]] = {}
+        self._wake = asyncio.Event()
+        self._recovered = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
+        self._not_before = 0.0
+
+    def open(self) -> None:
+        """Take STATE_DIR for this process.
+
+        Raises:
+            SettingsError: it cannot be used, or another server uses it.
+        """
+        self._store.open()
+
+    def start(self) -> None:
+        """Begin, first with what an earlier process left."""
+        self.open()
+        self._begin(self._run_all())
+
+    def close(self) -> None:
+        """Begin nothing any more. What runs goes on, and may be read."""
+        self._closing = True
+
+    async def stop(self) -> None:
+        """After the workers stopped: what is not done waits for the next start."""
+        self.close()
+        running = [task for task, _ in self._running.values()]
+        if running:
+            await asyncio.wait(running, timeout=_LAST_WORDS)
+        for task in list(self._tasks):
+            task.cancel()
+        for job_id, _ in await self.ledger.call(self._store.running):
+            await self.ledger.give_back(job_id, counts=False)
+        await self.ledger.close()
+
+    async def accept(
+        self,
+        request_id: str,
+        model_inputs: dict[str, Any],
+        call_inputs: dict[str, Any],
+        priority: str = "normal",
+        key: str | None = None,
+    ) -> Entry:
+        """Take a request in, to be run when it is its turn.
+
+        Args:
+            request_id: what the log knows it by.
+            model_inputs: the wire's ``modelInputs``.
+            call_inputs: the wire's ``callInputs``.
+            priority: ``low``, ``normal`` or ``high``.
+            key: the client's name for the request: sent again with the same key, it is the same job.
+
+        Raises:
+            ApiError: what can be said against it without fetching its model; QUEUE_FULL, NOT_READY; DISK_FULL.
+        """
+        inputs = msgspec.json.encode({"modelInputs": model_inputs, "callInputs": call_inputs})
+        digest = hashlib.sha256(inputs).hexdigest()
+        await self._recovered.wait()
+        known = None if key is None else await self.ledger.call(self._store.by_key, key)
+        if known is None:
+            self._service.dispatcher.check_room()
+            self._count(1)  # before anything is awaited: those who come meanwhile find the queue as full as it will be
+            try:
+                await self._service.check(model_inputs, call_inputs)
+            except BaseException:
+                self._count(-1)
+                raise
+            accept = partial(
+                self._store.accept, secrets.token_hex(8), request_id, inputs, priority=PRIORITIES[priority],
+                now=time.time(), ttl=self._settings.job_ttl, events=[state_event(JobState.IN_QUEUE)], key=key,
+                digest=digest,
+            )  # fmt: skip
+            # a client that goes away now has its job all the same
+            known = await asyncio.shield(self._begin(self._write(accept)))
+        if known.digest != digest:
+            message = "This Idempotency-Key came with another request before: each request needs a key of its own."
+            raise ApiError("INVALID_INPUTS", message, field="Idempotency-Key")
+        return known.entry
+
+    async def newest(self, limit: int) -> list[Entry]:
+        """The jobs that were accepted last, newest first."""
+        return await self.ledger.call(self._store.newest, limit)
+
+    def progress(self, job_id: str) -> dict[str, Any] | None:
+        """How far a job that runs is; see ``Report``."""
+        running = self._running.get(job_id)
+        return running[1].progress if running else None
+
+    async def cancel(self, job_id: str) -> Entry:
+        """End a job wherever it is; one that is over stays as it is.
+
+        Raises:
+            ApiError: NO_SUCH_JOB.
+        """
+        await self._recovered.wait()
+        await asyncio.shield(self._begin(self._fail(job_id, ApiError("CANCELLED", "The job was cancelled."))))
+        return await self.ledger.get(job_id)
+
+    async def _write(self, accept: partial[Accepted]) -> Accepted:
+        try:
+            accepted = await self.ledger.call(accept)
+        except BaseException as fault:
+            self._count(-1)
+            if not isinstance(fault, sqlite3.Error):
+                raise
+            log.exception("a job could not be stored")
+            message = f"The job could not be stored in STATE_DIR: {fault}. Send it again as a request that waits."
+            raise ApiError("DISK_FULL", message) from fault
+        if not accepted.is_new:
+            self._count(-1)
+        self._wake.set()
+        return accepted
+
+    async def _run_all(self) -> None:
+        await self._recover()
+        self._begin(self.ledger.write_events())
+        self._begin(self._sweep())
+        while not self._closing:
+            self._wake.clear()
+            try:
+                await self._take_turns()
+            except Exception:
+                log.exception("the store cannot be read")
+                self._not_before = time.monotonic() + _PAUSE
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK if self.waiting else None):
+                    await self._wake.wait()
+
+    async def _recover(self) -> None:
+        """What ran when the process ended waits again, unless it did so too often."""
+        for job_id in await self.ledger.call(self._store.without_inputs):
+            message = (
+                "The server was started anew, and with PERSIST_INPUTS=0 inputs end with it: send the request again."
+            )
+            await self.ledger.end(job_id, ApiError("NOT_READY", message))
+        for job_id, tries in await self.ledger.call(self._store.running):
+            if tries < MAX_TRIES:
+                await self.ledger.give_back(job_id, counts=True)
+            else:
+                message = f"The server died {tries} times while it ran this job; it is not tried again."
+                await self.ledger.end(job_id, ApiError("WORKER_DIED", message))
+        if waiting := await self.ledger.call(self._store.waiting):
+            self._count(waiting)
+            log.info("%d jobs wait from before", waiting)
+        self._recovered.set()
+
+    async def _take_turns(self) -> None:
+        workers = self._service.dispatcher.workers
+        while self.waiting and not self._closing and time.monotonic() >= self._not_before:
+            if len(self._running) >= sum(worker.info.slots for worker in workers if worker.ready and worker.info):
+                return
+            turn = await self.ledger.call(self._store.take, time.time(), [state_event(JobState.IN_PROGRESS)])
+            if turn is None:
+                return
+            self._count(-1)
+            self.ledger.tell(turn.id)
+            report = Report(partial(self.ledger.note, turn.id))
+            task = self._begin(self._run(turn, report))
+            self._running[turn.id] = (task, report)
+            task.add_done_callback(partial(self._ended, turn.id))
+
+    def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
+        if job_id in self._running and self._running[job_id][0] is task:  # it may be its turn once more already
+            del self._running[job_id]
+            self.ledger.forget(job_id)
+        self._wake.set()
+
+    async def _run(self, turn: Turn, report: Report) -> None:
+        about = {"request_id": turn.request_id}
+        try:
+            outcome: GenerationResult | ApiError = await self._generate(turn, report)
+        except ApiError as error:
+            outcome = error
+        except Exception:
+            log.exception("unexpected", extra=about)
+            outcome = ApiError("INTERNAL_ERROR", "Something went wrong in the server; its log has the request id.")
+        if isinstance(outcome, ApiError):
+            stopped = self._closing and outcome.code == "CANCELLED"  # while its model was fetched
+            again = outcome.code == "WORKER_DIED" and turn.tries < MAX_TRIES
+            if stopped or again or outcome.code in _NOT_ITS_FAULT:
+                self._not_before = time.monotonic() + _PAUSE
+                if await self.ledger.give_back(turn.id, counts=again):
+                    self._count(1)
+                return
+            log.warning("job failed: %s %s", outcome.code, outcome.message, extra=about)
+        await self.ledger.end(turn.id, outcome)
+
+    async def _generate(self, turn: Turn, report: Report) -> GenerationResult:
+        inputs, service = msgspec.json.decode(turn.inputs), self._service
+        admitted = await service.admit(
+            turn.request_id, inputs["modelInputs"], inputs["callInputs"], report, self._settings.job_ttl
+        )
+        return await service.finish(service.submit(admitted, report))
+
+    async def _fail(self, job_id: str, error: ApiError) -> None:
+        """End a job from outside, in whatever state it is."""
+        before = await self.ledger.end(job_id, error)
+        if before == JobState.IN_QUEUE:
+            self._count(-1)
+        if before is not None and job_id in self._running:
+            self._running[job_id][0].cancel()
+
+    async def _sweep(self) -> None:
+        shortest = min(self._settings.job_ttl, self._settings.result_ttl)
+        while True:
+            try:
+                for job_id in await self.ledger.call(self._store.expired, time.time()):
+                    message = f"It was not its turn within JOB_TTL of {self._settings.job_ttl:g} s."
+                    await self._fail(job_id, ApiError("TIMED_OUT", message))
+                await self.ledger.call(self._store.remove_old, time.time())
+            except Exception:
+                log.exception("old jobs cannot be removed")
+            await asyncio.sleep(min(30.0, max(0.2, shortest / 4)))
+
+    def _count(self, more: int) -> None:
+        self.waiting += more
+        self._service.dispatcher.expected += more
+
+    def _begin(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+        return task
