@@ -108,6 +108,7 @@ class Executor:
         self._tickets: set[Ticket] = set()
         self._calls: list[_Call] = []
         self._alone: list[_Call] = []
+        self._exclusive = False
         self._curves: dict[Any, Curve] = {}
         self._singly: set[tuple[str, str]] = set()
         self._closed = False
@@ -129,7 +130,7 @@ class Executor:
             torch.set_num_threads(1)
             _here.is_small = True
         with self._changed:
-            self._changed.wait_for(lambda: not self._alone)
+            self._changed.wait_for(lambda: not self._alone and not self._exclusive)
             self._tickets.add(ticket)
         try:
             yield ticket
@@ -158,18 +159,17 @@ class Executor:
             self._changed.notify_all()
         return self._await(call)
 
-    def exclusively(self, function: Callable[[], Any], ticket: Ticket | None = None) -> Any:
-        """Run something on the device's thread while every job is parked.
+    def exclusively(self, function: Callable[[], Any]) -> Any:
+        """Run something on the device's thread while every job is parked, and none begins.
 
-        For what patches torch process-wide while it runs, such as loading a model.
+        For what patches torch process-wide while it runs, such as loading a model. Not from within a job, which
+        would wait for itself.
 
         Raises:
             Exception: what it raises.
         """
-        call = _Call(ticket or Ticket(), function, (), {})
+        call = _Call(Ticket(), function, (), {})
         with self._changed:
-            if ticket is not None:
-                ticket.parked = True
             self._alone.append(call)
             self._changed.notify_all()
         return self._await(call)
@@ -213,6 +213,9 @@ class Executor:
                 ticket = call.ticket
                 ticket.attained += seconds * call.rows / rows
                 ticket.parked, ticket.resumed = False, now
+            if self._exclusive:
+                self._exclusive = False
+                self._changed.notify_all()  # jobs that wait to begin
         for call in batch:
             call.done.set()
 
@@ -229,6 +232,7 @@ class Executor:
                 timeout: float | None = None
                 if self._alone:
                     if all(ticket.parked for ticket in self._tickets):
+                        self._exclusive = True
                         return [self._alone.pop(0)]
                 elif self._calls:
                     batch, timeout = self._choose(time.monotonic())
