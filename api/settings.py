@@ -176,7 +176,8 @@ class Settings:
         _folders,
         "hub caches that others fill, such as the platform; only read",
     )
-    hf_auth_token: str = _variable("HF_AUTH_TOKEN", "", _text, "token for the hub; HF_TOKEN does as well", secret=True)
+    hf_auth_token: str = _variable("HF_AUTH_TOKEN", "", _text, "token for the hub", secret=True)
+    hf_token: str = _variable("HF_TOKEN", "", _text, "the same, as the hub's own tools call it", secret=True)
     hf_endpoint: str = _variable("HF_ENDPOINT", "", _text, "address of the hub; empty: huggingface.co")
     aws_access_key_id: str = _variable(
         "AWS_ACCESS_KEY_ID", "", _text, "for S3; empty: the usual chain of profile and instance role", secret=True

@@ -139,7 +139,7 @@ class Admission:
             check_early(options, model_inputs)
             if not self._fetcher.is_local(ref):
                 return
-            model = (await self._fetcher.ensure(ref, _anything)).model  # no network: it says what there is
+            model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
         if options.get("is_url"):
             self._check(model, options, model_inputs, ref)
         else:
@@ -317,10 +317,6 @@ class Admission:
             return await read_picture(given[name], f"modelInputs.{old}", mode, is_url, self._settings)
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
-
-
-async def _anything(model: InstalledModel) -> None:
-    """No more is to be said of it."""
 
 
 def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The queue and who takes from it: a bounded line of jobs, one at a time to each worker."""
+"""The queue and who takes from it: a bounded line of jobs, as many at once to each worker as it has slots."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _FIRST_GUESS = 2.0
 class Dispatcher:
     """Feeds the workers.
 
-    A job goes to a free worker that has its model in memory, else to any free one. When a worker
-    dies, the job that it ran is tried once more, alone.
+    A job goes to a worker with a free slot that has its model in memory, else to any with a free slot. When a worker
+    dies, each job that it ran is tried once more, alone.
 
     Args:
         settings: the size of the queue, timeouts.
@@ -77,7 +77,7 @@ class Dispatcher:
 
     @property
     def state(self) -> str:
-        """STARTING, READY, BUSY (all workers run something), DRAINING or DEFUNCT."""
+        """STARTING, READY, BUSY (no worker has a free slot), DRAINING or DEFUNCT."""
         if self.draining:
             return "DRAINING"
         if all(worker.defunct for worker in self.workers):

@@ -123,7 +123,7 @@ class Fetcher:
         self._room_for_strangers = asyncio.Semaphore(AT_ONCE)
         self._stopping = False
 
-    async def ensure(self, ref: SourceRef, check: Check, on_event: OnTransfer | None = None) -> Fetched:
+    async def ensure(self, ref: SourceRef, check: Check | None = None, on_event: OnTransfer | None = None) -> Fetched:
         """Wait until a model is here.
 
         Args:
@@ -152,7 +152,7 @@ class Fetcher:
         try:
             awaited: set[asyncio.Future[Any]] = {fetch.described, fetch.outcome}
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-            if fetch.described.done():
+            if fetch.described.done() and check is not None:
                 await check(fetch.described.result())
             fetch.confirmed.set()
             return await asyncio.shield(fetch.outcome)
@@ -281,6 +281,7 @@ class Fetcher:
     async def _upload(self, folder: Path, location: Location) -> None:
         tracker = self._uploading[folder.name] = Tracker(folder.name, lambda event: None)
         self._held[folder.name] += 1
+        by_hand = f"By hand: python -m api models push {folder.name} {location}"
         try:
             access = access_to(location, self._settings, trusted=True)
             await _in_thread(
@@ -288,11 +289,13 @@ class Fetcher:
             )
             log.info("uploaded %s to %s in %d ms", folder.name, location, tracker.timings.get("upload", 0))
         except ApiError as error:
-            log.error("%s was not uploaded: %s %s", folder.name, error.code, error.message)
+            if error.code == "SOURCE_UNREACHABLE":
+                self._uploads[folder.name] = location  # tried again when the model is used again
+            log.error("%s was not uploaded: %s %s %s", folder.name, error.code, error.message, by_hand)
         except _Stopped:
-            log.warning("the upload of %s was broken off; it is tried again after the next miss", folder.name)
+            log.warning("the upload of %s was broken off. %s", folder.name, by_hand)
         except Exception:
-            log.exception("uploading %s failed", folder.name)
+            log.exception("uploading %s failed. %s", folder.name, by_hand)
         finally:
             self._held[folder.name] -= 1
             del self._uploading[folder.name]

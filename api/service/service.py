@@ -187,12 +187,8 @@ class Service:
     async def _fetch(self, ref: SourceRef) -> None:
         """Get a model before anybody asks for it. Where that fails, the first request tries again and is told why."""
         try:
-            self._warm(ref, (await self.fetcher.ensure(ref, _anything)).model)
+            self._warm(ref, (await self.fetcher.ensure(ref)).model)
         except ApiError as error:
             log.error("%s could not be fetched: %s %s", ref.model_id, error.code, error.message)
         except Exception:
             log.exception("%s could not be fetched", ref.model_id)
-
-
-async def _anything(model: InstalledModel) -> None:
-    """No request is waiting that could be wrong."""

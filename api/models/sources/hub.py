@@ -13,6 +13,7 @@ from api.models.hub_transfer import RemoteFile
 from api.models.keys import HubFiles, model_key
 from api.models.manifest import OnProgress, list_files
 from api.models.refs import SourceRef
+from api.models.sources.remote import hub_token
 from api.models.sources.source import Got, Source
 from api.settings import Settings
 
@@ -33,7 +34,7 @@ class HubSource(Source):
 
     def __init__(self, ref: SourceRef, settings: Settings) -> None:
         self.is_known = True
-        self._token = settings.hf_auth_token or None
+        self._token = hub_token(settings) or None
         self._allow_pickle = settings.allow_pickle != "0"
         plan = hub.resolve(ref.repo, ref.revision, ref.precision, self._token, settings.hf_endpoint or None)
         self._plan = plan

@@ -79,7 +79,7 @@ def find(location: Location, settings: Settings, trusted: bool) -> Remote:
         sha256 = location.sha256 or file.sha256
         wanted = Wanted(url, file.path, file.size, file.etag, sha256, digests=file.digests)
         return Remote(location, wanted, policy, file.digests, file.size)
-    headers = {"Authorization": location.authorization} if location.authorization else _hub_token(location, settings)
+    headers = {"Authorization": location.authorization} if location.authorization else _at_the_hub(location, settings)
     # a first look is not worth the patience of a download of hours
     impatient = msgspec.structs.replace(policy, attempts=3, read_timeout=10.0, max_wait=5.0)
     found = probe(location.url, headers=headers, sha256=location.sha256, policy=impatient)
@@ -135,9 +135,13 @@ def _check_public(location: Location) -> None:
         raise ApiError("URL_NOT_ALLOWED", message, requested=str(location))
 
 
-def _hub_token(location: Location, settings: Settings) -> dict[str, str]:
+def hub_token(settings: Settings) -> str:
+    """What the environment gives to authenticate with at the hub, by either name; may be empty."""
+    return settings.hf_auth_token or settings.hf_token
+
+
+def _at_the_hub(location: Location, settings: Settings) -> dict[str, str]:
     """The hub's token, for a file on the hub: ``https://huggingface.co/org/name/resolve/main/x.safetensors``."""
     address = urlsplit(settings.hf_endpoint or "https://huggingface.co")
-    if not settings.hf_auth_token or urlsplit(location.url)[:2] != address[:2]:
-        return {}
-    return {"Authorization": f"Bearer {settings.hf_auth_token}"}
+    token = hub_token(settings)
+    return {"Authorization": f"Bearer {token}"} if token and urlsplit(location.url)[:2] == address[:2] else {}
