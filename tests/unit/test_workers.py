@@ -21,6 +21,18 @@ class Watched:
         )
 
 
+def started_as(code: str, monkeypatch: pytest.MonkeyPatch) -> list[asyncio.subprocess.Process]:
+    """Have some Python run in place of the worker; the processes that are started."""
+    real, started = asyncio.create_subprocess_exec, list[asyncio.subprocess.Process]()
+
+    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        started.append(await real(args[0], "-c", code, args[3], **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    return started
+
+
 async def until(condition: Any, seconds: float = 10) -> None:
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
@@ -47,14 +59,7 @@ async def test_a_start_that_fails_in_this_process_is_tried_again(monkeypatch: py
 
 async def test_a_message_that_cannot_be_read_ends_the_process_not_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import socket,sys,time; socket.socket(fileno=int(sys.argv[1])).sendall(b'\\0\\0\\0\\1x'); time.sleep(60)"
-    real = asyncio.create_subprocess_exec
-    started = []
-
-    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
-        started.append(await real(args[0], "-c", code, args[3], **kwargs))
-        return started[-1]
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    started = started_as(code, monkeypatch)
     watched = Watched()
     watched.worker.start()
     await until(lambda: len(started) >= 2)
@@ -94,14 +99,7 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(monkeypatch: pyte
     code = (
         f"import socket,sys,time; s=socket.socket(fileno=int(sys.argv[1])); s.sendall({ready!r}); BUSY={busy!r}; {then}"
     )
-    real = asyncio.create_subprocess_exec
-    started = []
-
-    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
-        started.append(await real(args[0], "-c", code, args[3], **kwargs))
-        return started[-1]
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    started = started_as(code, monkeypatch)
     watched = Watched(patience=0.5)
     watched.worker.start()
     await until(lambda: len(started) >= 2)
@@ -115,14 +113,7 @@ async def test_a_worker_that_gives_signs_of_life_is_left_alone(monkeypatch: pyte
 
     ready, alive = frame(Ready("cpu", "a CPU", {}, 1, 2)), frame(Alive(0.1))
     code = f"import socket,sys,time; s=socket.socket(fileno=int(sys.argv[1])); s.sendall({ready!r})\nwhile 1: s.sendall({alive!r}); time.sleep(.1)"
-    real = asyncio.create_subprocess_exec
-    started = []
-
-    async def create(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
-        started.append(await real(args[0], "-c", code, args[3], **kwargs))
-        return started[-1]
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
+    started = started_as(code, monkeypatch)
     watched = Watched(patience=0.5)
     watched.worker.start()
     await asyncio.sleep(1.5)
