@@ -35,12 +35,18 @@ class Cancel(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The worker has imported everything and can take requests, ``slots`` of them at once."""
+    """The worker has imported everything and can take requests, ``slots`` of them at once.
+
+    Attributes:
+        ready_ms: from its first line until its warm models were in memory.
+        torch_ms: the part of it until torch was imported.
+    """
 
     device: str
     device_name: str
     versions: dict[str, str]
-    init_ms: int
+    ready_ms: int
+    torch_ms: int
     slots: int
 
 

@@ -223,7 +223,13 @@ class Worker:
     def _receive(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
             self.info, self.ready, self._was_ready, self.defunct = message, True, True, False
-            log.info("worker %s is ready (%s)", message.device, message.device_name)
+            log.info(
+                "worker %s is ready (%s): torch was imported after %.1f s, the rest took %.1f s",
+                message.device,
+                message.device_name,
+                message.torch_ms / 1000,
+                (message.ready_ms - message.torch_ms) / 1000,
+            )
             self._heard(0.0)
             self._on_state(self)
         elif isinstance(message, Loaded):

@@ -38,6 +38,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=args.fd))  # listens while torch is imported
 
+    import torch  # noqa: F401  first, to know how long the rest takes
+
+    torch_ms = round((time.perf_counter() - began) * 1000)
     from api.engine.device import Device
     from api.engine.generate import Engine
     from api.worker.worker import Worker
@@ -51,7 +54,9 @@ def main() -> None:
         first = link.inbox.get()
         assert isinstance(first, Load)  # the service sends nothing else before it hears Ready
         worker.warm(first)
-    link.send(Ready(str(device.torch), device.name, engine.versions, init_ms, settings.max_concurrency))
+    ready_ms = round((time.perf_counter() - began) * 1000)
+    slots = settings.max_concurrency
+    link.send(Ready(str(device.torch), device.name, engine.versions, ready_ms, torch_ms, slots))
     worker.serve()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from api.engine.device import release_host_memory
 from api.engine.encode import encode
 from api.engine.executor import Cancelled
 from api.engine.generate import Engine, Generated
@@ -78,9 +79,14 @@ class Worker:
                 self._engine.executor.wake()
 
     def _tell_alive(self) -> None:
+        released = before = 0
         while True:
-            since = self._engine.executor.since
+            since, runs = self._engine.executor.since, self._engine.executor.runs
             self._link.send(Alive(time.monotonic() - since if since else 0.0))
+            if released != runs == before:  # nothing ran for a while, and something did before
+                release_host_memory()
+                released = runs
+            before = runs
             time.sleep(_ALIVE)
 
     def warm(self, message: Load) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -147,6 +148,7 @@ def test_the_worker_is_killed_again_and_again_under_load(models_dir: Path, tmp_p
         codes = Counter(outcome if isinstance(outcome, str) else "image" for _, outcome in load.ended)
         print(f"\n{load.accepted} requests, {len(killed)} deaths: {dict(codes)}")
         print(f"seconds from a death to ready: {[round(seconds, 1) for seconds in sorted(until_ready)]}")
+        print(f"of these, after torch was imported: {sorted(after_torch(tmp_path / 'server.log'))}")
         assert set(codes) <= CLEAR | {"image"}
         assert codes["image"] > CLIENTS
         wrong = [inputs for inputs, outcome in load.ended if differs(server, inputs, outcome)]
@@ -154,6 +156,11 @@ def test_the_worker_is_killed_again_and_again_under_load(models_dir: Path, tmp_p
         assert len(server.worker_pids()) == 1
         last = server.worker_pids()
     assert not any(alive(each) for each in [*killed, *last])
+
+
+def after_torch(log: Path) -> list[float]:
+    """Seconds that each start of a worker took beyond importing torch."""
+    return [float(took) for took in re.findall(r"is ready .*, the rest took ([\d.]+) s", log.read_text())]
 
 
 def differs(server: Server, inputs: dict[str, Any], outcome: list[np.ndarray] | str) -> bool:

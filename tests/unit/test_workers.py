@@ -73,7 +73,7 @@ async def test_it_is_defunct_while_it_does_not_start_and_no_longer_when_it_does(
     from api.schema.messages import Ready, frame
 
     monkeypatch.setattr(workers, "_LONGEST_PAUSE", 0.05)
-    ready = frame(Ready("cpu", "a CPU", {}, 1, 2))
+    ready = frame(Ready("cpu", "a CPU", {}, 2, 1, 2))
     good = f"import socket,sys,time; socket.socket(fileno=int(sys.argv[1])).sendall({ready!r}); time.sleep(60)"
     real, count = asyncio.create_subprocess_exec, 0
 
@@ -95,7 +95,7 @@ async def test_it_is_defunct_while_it_does_not_start_and_no_longer_when_it_does(
 async def test_a_worker_that_hangs_is_killed_and_started_again(monkeypatch: pytest.MonkeyPatch, then: str) -> None:
     from api.schema.messages import Alive, Ready, frame
 
-    ready, busy = frame(Ready("cpu", "a CPU", {}, 1, 2)), frame(Alive(5.0))
+    ready, busy = frame(Ready("cpu", "a CPU", {}, 2, 1, 2)), frame(Alive(5.0))
     code = (
         f"import socket,sys,time; s=socket.socket(fileno=int(sys.argv[1])); s.sendall({ready!r}); BUSY={busy!r}; {then}"
     )
@@ -111,7 +111,7 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(monkeypatch: pyte
 async def test_a_worker_that_gives_signs_of_life_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from api.schema.messages import Alive, Ready, frame
 
-    ready, alive = frame(Ready("cpu", "a CPU", {}, 1, 2)), frame(Alive(0.1))
+    ready, alive = frame(Ready("cpu", "a CPU", {}, 2, 1, 2)), frame(Alive(0.1))
     code = f"import socket,sys,time; s=socket.socket(fileno=int(sys.argv[1])); s.sendall({ready!r})\nwhile 1: s.sendall({alive!r}); time.sleep(.1)"
     started = started_as(code, monkeypatch)
     watched = Watched(patience=0.5)
