@@ -21,6 +21,7 @@ from api.engine.device import Device
 from api.engine.executor import Cancelled, Executor, Ticket
 from api.engine.loader import LoadedModel, load
 from api.engine.pipelines import make_pipeline
+from api.engine.preview import OnPreview, Previews
 from api.engine.views import view
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef, Picture
@@ -84,6 +85,7 @@ class Engine:
         on_step: OnStep = lambda step, total: None,
         on_phase: OnPhase = lambda kind, status: None,
         cancelled: Callable[[], bool] = lambda: False,
+        on_preview: OnPreview | None = None,
     ) -> Generated:
         """Run one request in the thread of the caller; its module calls go through the executor.
 
@@ -92,6 +94,7 @@ class Engine:
             on_step: called with (step, total) after every denoising step; steps count from 1.
             on_phase: called when ``loadModel`` or ``inference`` starts and is done.
             cancelled: asked before every module call.
+            on_preview: called after ``on_step`` where the request asks for previews; without it none are made.
 
         Raises:
             Cancelled: ``cancelled`` said so.
@@ -109,13 +112,13 @@ class Engine:
             on_phase("inference", "start")
             began = time.perf_counter()
             try:
-                images, nsfw, used = self._run(model, request, on_step, cancelled)
+                images, nsfw, used = self._run(model, request, on_step, cancelled, on_preview)
             except torch.OutOfMemoryError as fault:
                 if not self.executor.exclusively(self.cache.clear_idle):
                     raise _out_of_memory(fault) from fault
                 log.warning("out of memory: idle models are evicted and the request is tried once more")
                 try:
-                    images, nsfw, used = self._run(model, request, on_step, cancelled)
+                    images, nsfw, used = self._run(model, request, on_step, cancelled, on_preview)
                 except torch.OutOfMemoryError as again:
                     raise _out_of_memory(again) from again
             timings["inference"] = _ms(began)
@@ -161,7 +164,12 @@ class Engine:
             raise _out_of_memory(fault) from fault
 
     def _run(
-        self, model: LoadedModel, request: GenerationRequest, on_step: OnStep, cancelled: Callable[[], bool]
+        self,
+        model: LoadedModel,
+        request: GenerationRequest,
+        on_step: OnStep,
+        cancelled: Callable[[], bool],
+        on_preview: OnPreview | None,
     ) -> tuple[np.ndarray, list[bool] | None, str]:
         ticket = Ticket(cancelled)
         with self.executor.job(ticket), torch.no_grad():
@@ -169,10 +177,19 @@ class Engine:
             seen = {name: view(part, self.executor, ticket) for name, part in parts.items()}
             pipe = make_pipeline(model, seen, request.pipeline, request.scheduler, request.safety_checker)
 
+            previews = None
+            if request.preview is not None and on_preview is not None:
+                size = request.inputs.get("width"), request.inputs.get("height")
+                previews = Previews(model, pipe, size, request.preview, on_preview)
+                previews.prepare()
+
             def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 if cancelled():
                     raise Cancelled
-                on_step(step + 1, max(pipe.num_timesteps, step + 1))
+                total = max(pipe.num_timesteps, step + 1)
+                on_step(step + 1, total)
+                if previews:
+                    previews.after(step + 1, total, tensors.get("latents"))
                 return {}
 
             arguments: dict[str, Any] = {

@@ -31,6 +31,7 @@ class LoadedModel:
         bytes: of all parameters and buffers.
         schedulers: by class name, with the model's settings, never run: jobs get copies.
         variants: modules over the same weights with something switched, such as the attention, by its name.
+        latent_maps: what makes previews of latents, by the autoencoder's name; None where that cannot be.
     """
 
     def __init__(self, ref: ModelRef, dtype: torch.dtype, pipe: diffusers.DiffusionPipeline) -> None:
@@ -40,6 +41,7 @@ class LoadedModel:
         self.config = {k: v for k, v in pipe.config.items() if k not in self.components and not k.startswith("_")}
         self.schedulers: dict[str, Any] = {}
         self.variants: dict[str, dict[str, Any]] = {}
+        self.latent_maps: dict[str, Any] = {}
         self.bytes = sum(_module_bytes(part) for part in self.components.values() if isinstance(part, nn.Module))
 
 

@@ -13,11 +13,12 @@ from sanic.response import HTTPResponse, empty
 
 from api.errors import ApiError
 from api.http.accept import accept, brief
-from api.http.native import IMAGE_TYPES, halves, parse_object, result_body, wanted_type
+from api.http.native import IMAGE_TYPES, halves, images_body, parse_object, result_body, wanted_type
 from api.schema.generation import GenerationResult
 from api.service.jobs import TERMINAL
 from api.service.later import PRIORITIES, Later
 from api.service.ledger import Events
+from api.service.reports import preview_links
 from api.service.results import EXTENSIONS
 from api.service.store import Entry
 
@@ -37,6 +38,7 @@ def register(app: Sanic) -> None:
     app.add_route(cancel, "/jobs/<id:str>", methods=["DELETE"])
     app.add_route(events, "/jobs/<id:str>/events", methods=["GET"])
     app.add_route(image, "/jobs/<id:str>/images/<n:str>", methods=["GET"])
+    app.add_route(preview, "/jobs/<id:str>/previews/<n:str>", methods=["GET"])
 
 
 async def create(request: Request) -> HTTPResponse:
@@ -58,8 +60,12 @@ async def look(request: Request, id: str) -> HTTPResponse:
     as_links = _images_as_links(request)
     entry = await later.ledger.get(id)
     body = _about(entry)
-    if progress := later.progress(id):
-        body["progress"] = progress
+    if entry.state not in TERMINAL:
+        if progress := later.progress(id):
+            body["progress"] = progress
+        if preview := later.preview(id):
+            links = preview_links(id, preview) if as_links else None
+            body["preview"] = {"step": preview.step, "total": preview.total, **images_body(preview.images, links)}
     if entry.error is not None:
         body["$error"] = {**entry.error, "requestId": entry.request_id}
     if entry.result is not None:
@@ -84,6 +90,19 @@ async def image(request: Request, id: str, n: str) -> HTTPResponse:
     # what a job gave never changes; how long it is kept, the server says
     headers = {"Cache-Control": "private, immutable, max-age=3600"}
     return HTTPResponse(data, headers=headers, content_type=_TYPES[entry.result.extension])
+
+
+async def preview(request: Request, id: str, n: str) -> HTTPResponse:
+    """One image of the newest preview of a job that runs; ``X-Step`` says after which step."""
+    later = _later(request)
+    entry = await later.ledger.get(id)
+    newest = later.preview(id) if entry.state not in TERMINAL else None
+    if newest is None:
+        message = f"The job has no preview: it is {entry.state.value}, and previews are kept only while it runs."
+        raise ApiError("NOT_FOUND", message, requested=n)
+    number = _whole(n, "n", 0, low=0, high=len(newest.images) - 1)
+    headers = {"Cache-Control": "no-store", "X-Step": str(newest.step)}
+    return HTTPResponse(newest.images[number], headers=headers, content_type="image/jpeg")
 
 
 async def events(request: Request, id: str) -> HTTPResponse | None:

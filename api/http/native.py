@@ -18,9 +18,10 @@ from api.http.accept import accept
 from api.http.errors import error_body, to_api_error
 from api.schema.catalogue import nearest
 from api.schema.generation import GenerationResult
-from api.schema.messages import Phase, Progress
+from api.schema.messages import OnTheWay, Phase, Preview
 from api.schema.transfers import Transfer
 from api.service.service import Service
+from api.service.steps import Steps
 
 KEYS = ("modelInputs", "callInputs")
 IMAGE_TYPES = {"image/png": "PNG", "image/webp": "WEBP", "image/jpeg": "JPEG"}
@@ -157,19 +158,20 @@ def result_body(result: GenerationResult, links: list[str] | None = None) -> dic
     Args:
         links: where the images are, to be told instead of the images.
     """
-    images = [pybase64.b64encode_as_string(image) for image in result.images]
-    body: dict[str, Any] = {"$meta": result.meta}
-    if links is not None:
-        body["image_urls"] = links
-    elif len(images) == 1:
-        body["image_base64"] = images[0]
-    else:
-        body["images_base64"] = images
+    body: dict[str, Any] = {"$meta": result.meta, **images_body(result.images, links)}
     if result.nsfw is not None:
         body["nsfw_content_detected"] = result.nsfw
     body["$timings"] = result.timings
     body["$mem_usage"] = result.mem_usage
     return body
+
+
+def images_body(images: list[bytes], links: list[str] | None = None) -> dict[str, Any]:
+    """Images as the native dialect writes them: one, or several, or where they are."""
+    if links is not None:
+        return {"image_urls": links}
+    encoded = [pybase64.b64encode_as_string(image) for image in images]
+    return {"image_base64": encoded[0]} if len(encoded) == 1 else {"images_base64": encoded}
 
 
 def _bytes_response(result: GenerationResult, content_type: str) -> HTTPResponse:
@@ -181,36 +183,56 @@ def _bytes_response(result: GenerationResult, content_type: str) -> HTTPResponse
     return HTTPResponse(result.images[0], headers=headers, content_type=content_type)
 
 
+_BEHIND = 50
+"""Lines that a client has not read, beyond which it gets no previews: they are the large ones, and nobody sees them."""
+
+
 class _Events:
     """The events of one request as lines of JSON, in the shapes of docker-diffusers-api."""
 
     def __init__(self, start_request_id: str | None) -> None:
         self.queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self.begun = asyncio.Event()
-        self.progress: float | None = None
         self.callback_steps: int | None = None
+        self._running = False
+        self._steps = Steps()
         self._payload = {"startRequestId": start_request_id}
         self._began = time.time()
         self._last: dict[str, float] = {}
 
-    def __call__(self, event: Phase | Progress | Transfer) -> None:
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """The line that is sent once a second while the device is at the request, else None."""
+        if not self._running:
+            return None
+        steps = self._steps.progress
+        share = steps["step"] / steps["total"] if steps else 0.0
+        return {"type": "inference", "progress": share, **(steps or {})}
+
+    def __call__(self, event: OnTheWay | Transfer) -> None:
         if isinstance(event, Transfer):
             moved = {"model": event.model_id, "bytes": event.done, "total": event.total}
             self._put(event.kind, event.status, {**moved, "rate": event.rate, "eta": event.eta})
         elif isinstance(event, Phase):
             self._put(event.kind, event.status, {})
             if event.kind == "inference":
-                self.progress = 0.0 if event.status == "start" else None
+                self._running, self._steps = event.status == "start", Steps()
+        elif isinstance(event, Preview):
+            if self.queue.qsize() < _BEHIND:
+                self._put(
+                    "inference", "preview", {"step": event.step, "total": event.total, **images_body(event.images)}
+                )
         else:
-            self.progress = event.step / event.total
+            self._steps.note(event)
             if self.callback_steps and (event.step - 1) % self.callback_steps == 0:
-                self._put("inference", "progress", {"step": event.step - 1})
+                # as there: the index of the step, from 0
+                self._put("inference", "progress", {**(self._steps.progress or {}), "step": event.step - 1})
 
     def _put(self, kind: str, status: str, payload: dict[str, Any]) -> None:
         self.begun.set()
         now = time.time()
         since = now - self._last.get(kind, now) if status == "done" else 0.0
-        if status != "progress":
+        if status not in ("progress", "preview"):
             self._last[kind] = now
         self.queue.put_nowait(
             {
@@ -255,9 +277,8 @@ async def _stream(request: Request, model_inputs: dict[str, Any], call_inputs: d
                     break
             if line is None:
                 tick += 1
-                if events.progress is None:
+                if (line := events.progress) is None:
                     continue
-                line = {"type": "inference", "progress": events.progress}
             await response.send(orjson.dumps(line) + b"\n")
         try:
             last = result_body(job.result())

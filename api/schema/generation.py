@@ -56,6 +56,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         attention: ``sdpa`` or ``xformers``: what was asked for.
         safety_checker: run the model's safety checker, where it has one.
         meta: what is already known of ``$meta``.
+        preview: a small picture of each image after every so many steps; 0: about four in all; None: none.
     """
 
     id: str
@@ -72,6 +73,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     attention: str
     safety_checker: bool
     meta: dict[str, Any]
+    preview: int | None = None
 
 
 class GenerationResult(msgspec.Struct):

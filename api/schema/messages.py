@@ -83,6 +83,19 @@ class Progress(msgspec.Struct, tag=True):
     total: int
 
 
+class Preview(msgspec.Struct, tag=True):
+    """What a request's images look like after ``step``, which was told before.
+
+    Attributes:
+        images: one for each image of the request, in their order: JPEG, as many pixels as there are latents.
+    """
+
+    id: str
+    step: int
+    total: int
+    images: list[bytes]
+
+
 class Computed(msgspec.Struct, tag=True):
     """The device is done with a request; its images are being encoded, the next one may come."""
 
@@ -107,8 +120,9 @@ class Failed(msgspec.Struct, tag=True):
 
 
 ToWorker = Load | Generate | Cancel
-FromWorker = Ready | Loaded | Alive | Phase | Progress | Computed | Done | Failed
-AboutJob = Phase | Progress | Computed | Done | Failed
+OnTheWay = Phase | Progress | Preview
+AboutJob = OnTheWay | Computed | Done | Failed
+FromWorker = Ready | Loaded | Alive | AboutJob
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker = msgspec.msgpack.Decoder(ToWorker)

@@ -99,12 +99,15 @@ class Admission:
             request_id: what the client and the log know it by.
             model_inputs: the wire's ``modelInputs``.
             call_inputs: the wire's ``callInputs``.
-            on_event: called with what happens while the model is fetched.
+            on_event: called with what happens while the model is fetched; None where nobody reads events.
 
         Raises:
             ApiError: the first thing that is wrong.
         """
         options = check_options(call_inputs)
+        if "preview" in options and on_event is None:
+            message = "Previews are events, and this answer has none: send streamEvents as well, or a job for later."
+            raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
         ref = self._ref(options)
         pictures: dict[str, Picture] = {}
 
@@ -178,6 +181,7 @@ class Admission:
         """Everything that can be said once the model's configuration is at hand."""
         requested, pipeline = self._pipeline(options, model_inputs, model)
         scheduler = self._scheduler(options, model)
+        _check_preview(options, model)
         image_format, quality = _image_format(options)
         accepted = catalogue().pipelines[pipeline]
         sent = checks.rename_aliases(model_inputs, accepted)
@@ -250,6 +254,7 @@ class Admission:
             attention="xformers" if wants_xformers else "sdpa",
             safety_checker=options.get("safety_checker", True),
             meta=meta,
+            preview=options.get("preview"),
         )
 
     def _pipeline(
@@ -356,6 +361,15 @@ def _image_format(options: dict[str, Any]) -> tuple[str, int]:
     if not 1 <= quality <= 100:
         raise ApiError("INVALID_INPUTS", "Must be 1-100.", field="callInputs.image_quality", requested=quality)
     return name, quality
+
+
+def _check_preview(options: dict[str, Any], model: InstalledModel) -> None:
+    if "preview" in options and options.get("safety_checker", True) and "safety_checker" in model.components:
+        message = (
+            f"{model.model_id} has a safety checker, which sees finished images only: previews would show what it "
+            "hides. Leave preview out, or send safety_checker: false."
+        )
+        raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
 
 
 def _fill_size(

@@ -12,7 +12,7 @@ import msgspec
 
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult
-from api.schema.messages import Generate, Phase, Progress, frame
+from api.schema.messages import Generate, OnTheWay, frame
 
 
 class JobState(StrEnum):
@@ -57,7 +57,7 @@ class Job:
     def __init__(
         self,
         request: GenerationRequest,
-        on_event: Callable[[Phase | Progress], None] | None = None,
+        on_event: Callable[[OnTheWay], None] | None = None,
         timings: dict[str, int] | None = None,
     ) -> None:
         self.request = request
@@ -99,7 +99,7 @@ class Job:
         """Its worker died: it waits again."""
         self.state = JobState.IN_QUEUE
 
-    def report(self, event: Phase | Progress) -> None:
+    def report(self, event: OnTheWay) -> None:
         """Pass an event on, unless the job is over."""
         if not self.over and self._on_event:
             self._on_event(event)

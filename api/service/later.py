@@ -17,6 +17,7 @@ import msgspec
 
 from api.errors import ApiError
 from api.schema.generation import GenerationResult
+from api.schema.messages import Preview
 from api.service.jobs import JobState
 from api.service.ledger import Ledger
 from api.service.reports import Report, state_event
@@ -150,6 +151,11 @@ class Later:
         running = self._running.get(job_id)
         return running[1].progress if running else None
 
+    def preview(self, job_id: str) -> Preview | None:
+        """The newest preview of a job that runs."""
+        running = self._running.get(job_id)
+        return running[1].preview if running else None
+
     async def cancel(self, job_id: str) -> Entry:
         """End a job wherever it is; one that is over stays as it is.
 
@@ -218,7 +224,7 @@ class Later:
                 return
             self._count(-1)
             self.ledger.tell(turn.id)
-            report = Report(partial(self.ledger.note, turn.id))
+            report = Report(turn.id, partial(self.ledger.note, turn.id))
             task = self._begin(self._run(turn, report))
             self._running[turn.id] = (task, report)
             task.add_done_callback(partial(self._ended, turn.id))

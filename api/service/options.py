@@ -28,9 +28,11 @@ FLAGS = {
     "xformers_memory_efficient_attention": "use xformers where installed",
 }
 WHOLE = {"image_quality": "1-100, for JPEG and WEBP"}
+OTHER = {"preview": "a small picture after every so many steps; true: about four in all"}
 _LONGEST = 200
 _LONGEST_URL = 8192
-KNOWN = (*TEXT, *FLAGS, *WHOLE)
+_MOST_STEPS = 10**6
+KNOWN = (*TEXT, *FLAGS, *WHOLE, *OTHER)
 
 LATER = {
     "custom_pipeline_method": "pipelines are called, no other method of theirs",
@@ -77,5 +79,17 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
             value = bool(value)
         if name in WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
             raise ApiError("INVALID_INPUTS", f"Must be a whole number: {WHOLE[name]}.", field=field, requested=value)
+        if name == "preview" and (value := _preview(value)) is None:
+            continue
         out[name] = value
     return out
+
+
+def _preview(value: Any) -> int | None:
+    """After how many steps, as ``GenerationRequest.preview``."""
+    if isinstance(value, bool):
+        return 0 if value else None
+    if not isinstance(value, int) or not 1 <= value <= _MOST_STEPS:
+        message = f"Must be true, or a whole number from 1 to {_MOST_STEPS}: {OTHER['preview']}."
+        raise ApiError("INVALID_INPUTS", message, field="callInputs.preview", requested=value)
+    return value

@@ -16,7 +16,7 @@ from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef
 from api.schema.generation import GenerationResult
-from api.schema.messages import Phase, Progress
+from api.schema.messages import OnTheWay
 from api.schema.transfers import Transfer
 from api.service.admission import Admission, Admitted
 from api.service.dispatch import Dispatcher
@@ -139,12 +139,12 @@ class Service:
         """
         await self._admission.check(model_inputs, call_inputs)
 
-    def submit(self, admitted: Admitted, on_event: Callable[[Phase | Progress], None] | None = None) -> Job:
+    def submit(self, admitted: Admitted, on_event: Callable[[OnTheWay], None] | None = None) -> Job:
         """Put a request in line; ``finish`` waits for it.
 
         Args:
             admitted: from ``admit``.
-            on_event: called with phases and steps as they happen.
+            on_event: called with phases, steps and previews as they happen.
 
         Raises:
             ApiError: the queue is full, or the server cannot run jobs.

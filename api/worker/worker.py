@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 from api.engine.device import release_host_memory
@@ -20,7 +21,19 @@ from api.engine.generate import Engine, Generated
 from api.engine.parameters import parameters
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult
-from api.schema.messages import Alive, Computed, Done, Failed, Generate, Load, Loaded, Phase, Progress
+from api.schema.messages import (
+    Alive,
+    Computed,
+    Done,
+    Failed,
+    Generate,
+    Load,
+    Loaded,
+    OnTheWay,
+    Phase,
+    Preview,
+    Progress,
+)
 from api.worker.link import Link
 
 log = logging.getLogger("api.worker")
@@ -29,6 +42,9 @@ _ALIVE = 2.0
 """Seconds between two signs of life."""
 _DEVICE_LOST = 70
 """Exit status; ``EX_SOFTWARE`` of sysexits.h."""
+_PREVIEW = ("JPEG", 90)
+"""Format and quality: what has few pixels needs all of their colours, which JPEG keeps from 90 on; and noise, which the
+first previews are full of, takes several times the bytes as PNG."""
 _SMALL = 3 * 2**16
 """Bytes of pixels that are encoded sooner than they are handed to another thread."""
 
@@ -102,9 +118,13 @@ class Worker:
     def _generate(self, request: GenerationRequest, events: bool) -> None:
         link, job = self._link, request.id
 
-        def tell(event: Phase | Progress) -> None:
+        def tell(event: OnTheWay) -> None:
             if events:
                 link.send(event)
+
+        def show(step: int, total: int, pictures: np.ndarray) -> None:
+            # in the job's thread, though it waits for it: so a preview never comes after what comes after it
+            link.send(Preview(job, step, total, [encode(picture, *_PREVIEW) for picture in pictures]))
 
         try:
             if link.is_cancelled(job):
@@ -114,6 +134,7 @@ class Worker:
                 on_step=lambda step, total: tell(Progress(job, step, total)),
                 on_phase=lambda kind, status: tell(Phase(job, kind, status)),
                 cancelled=lambda: link.is_cancelled(job),
+                on_preview=show if events else None,
             )
         except Cancelled:
             link.send(Failed(job, "CANCELLED", "The job was cancelled.", {}, ""))

@@ -122,6 +122,7 @@ def test_async_on_the_native_route_is_the_same(server: Server) -> None:
         ({"modelInputs": {"prompt": "x", "image": "!"}}, {}, "INVALID_IMAGE", "modelInputs.image"),
         ({"modelInputs": {"prompt": "x"}, "callInputs": {"MODEL_ID": "no/such"}}, {}, "MODEL_MISMATCH", "callInputs.MODEL_ID"),
         ({"modelInputs": {"prompt": "x"}, "callInputs": {"streamEvents": True}}, {}, "INVALID_INPUTS", "callInputs.streamEvents"),
+        ({"modelInputs": {"prompt": "x"}, "callInputs": {"preview": 0}}, {}, "INVALID_INPUTS", "callInputs.preview"),
         ({"modelInputs": {"prompt": "x"}, "priority": "hihg"}, {}, "INVALID_INPUTS", "priority"),
         ({"modelInputs": {"prompt": "x"}, "priority": 3}, {}, "INVALID_INPUTS", "priority"),
         ({"modelInputs": {"prompt": "x"}, "prio": "low"}, {}, "UNKNOWN_INPUT", "prio"),

@@ -4,7 +4,9 @@ import pytest
 
 from api.engine.parameters import parameters
 from api.errors import ApiError
+from api.http import native
 from api.http.native import wanted_type
+from api.schema.messages import Phase, Preview, Progress
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,58 @@ def test_each_image_carries_its_own_parameters() -> None:
     assert [text.splitlines()[0] for text in texts] == ["a", "a", "b", "b"]
     assert "Negative prompt: d" in texts[3]
     assert [f"Seed: {seed}," in text for seed, text in zip((1, 2, 3, 4), texts, strict=True)] == [True] * 4
+
+
+def lines_of(events: native._Events) -> list[dict]:
+    return [events.queue.get_nowait() for _ in range(events.queue.qsize())]
+
+
+def test_the_lines_of_a_stream() -> None:
+    events = native._Events("mine")
+    events.callback_steps = 2
+    assert events.progress is None
+    events(Phase("a", "inference", "start"))
+    assert events.progress == {"type": "inference", "progress": 0.0}
+    for step in (1, 2, 3, 4):
+        events(Progress("a", step, 4))
+        if step % 2 == 0:
+            events(Preview("a", step, 4, [b"x"] * (step // 2)))
+    assert events.progress == {"type": "inference", "progress": 1.0, "step": 4, "total": 4, "eta": 0.0}
+    events(Phase("a", "inference", "done"))
+    assert events.progress is None
+    lines = lines_of(events)
+    assert [(line["status"], line["payload"].get("step")) for line in lines] == [
+        ("start", None), ("progress", 0), ("preview", 2), ("progress", 2), ("preview", 4), ("done", None),
+    ]  # fmt: skip
+    assert lines[1]["payload"] == {"startRequestId": "mine", "step": 0, "total": 4, "eta": None}
+    assert lines[2]["payload"] == {"startRequestId": "mine", "step": 2, "total": 4, "image_base64": "eA=="}
+    assert lines[4]["payload"]["images_base64"] == ["eA==", "eA=="]
+    assert lines[3]["payload"]["eta"] >= 0
+    assert [list(line) for line in lines] == [list(lines[0])] * 6
+
+
+def test_the_time_since_the_start_is_not_that_since_a_preview(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(native.time, "time", lambda: now[0])
+    events = native._Events(None)
+    for seconds, event in (
+        (0, Phase("a", "inference", "start")),
+        (2, Preview("a", 1, 2, [b""])),
+        (1, Phase("a", "inference", "done")),
+    ):
+        now[0] += seconds
+        events(event)
+    assert [line["tsl"] for line in lines_of(events)] == [0, 0, 3000]
+
+
+def test_a_client_that_does_not_read_gets_no_more_previews_but_every_step() -> None:
+    events = native._Events(None)
+    events.callback_steps = 1
+    for step in range(1, 501):
+        events(Progress("a", step, 500))
+        events(Preview("a", step, 500, [b"x" * 1000]))
+    lines = lines_of(events)
+    assert sum(line["status"] == "preview" for line in lines) <= native._BEHIND
+    assert sum(line["status"] == "progress" for line in lines) == 500
+    events(Preview("a", 500, 500, [b""]))
+    assert len(lines_of(events)) == 1

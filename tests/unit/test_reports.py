@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from api.schema.messages import Phase, Progress
+from api.schema.messages import Phase, Preview, Progress
 from api.schema.transfers import Transfer
 from api.service.reports import Report
 
@@ -17,7 +17,7 @@ class Told:
     def __init__(self) -> None:
         self.now = 0.0
         self.events: list[dict[str, Any]] = []
-        self.report = Report(self.events.append, lambda: self.now)
+        self.report = Report("id", self.events.append, lambda: self.now)
 
     def step(self, step: int, total: int, after: float) -> dict[str, Any] | None:
         self.now += after
@@ -56,6 +56,34 @@ def test_fast_steps_are_told_now_and_then_and_the_last_one_always() -> None:
     steps = [event["step"] for event in told.events]
     assert 9 <= len(steps) <= 12
     assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (1, 100)
+
+
+def test_a_preview_is_a_link_to_the_newest() -> None:
+    told = Told()
+    for step in (1, 2, 3):
+        told.step(step, 3, 1.0)
+        told.report(Preview("id", step, 3, [b"jpeg %d" % step, b"other"]))
+    for event in told.events:
+        event.pop("time")
+    assert told.events[-2:] == [
+        {"type": "inference", "status": "progress", "step": 3, "total": 3, "eta": 0.0},
+        {"type": "inference", "status": "preview", "step": 3, "total": 3, "image_urls": ["/jobs/id/previews/0", "/jobs/id/previews/1"]},
+    ]  # fmt: skip
+    assert "jpeg" not in str(told.events)
+    assert told.report.preview == Preview("id", 3, 3, [b"jpeg 3", b"other"])
+    told.step(1, 3, 5.0)  # its worker died: what it showed is not what comes
+    assert told.report.preview is None
+
+
+def test_fast_previews_are_told_now_and_then_and_the_newest_is_there() -> None:
+    told = Told()
+    for step in range(1, 101):
+        told.step(step, 100, 0.01)
+        told.report(Preview("id", step, 100, [b"%d" % step]))
+        assert told.report.preview.images == [b"%d" % step]
+    steps = [event["step"] for event in told.events if event["status"] == "preview"]
+    assert 9 <= len(steps) <= 12
     assert (steps[0], steps[-1]) == (1, 100)
 
 
