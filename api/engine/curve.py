@@ -10,7 +10,7 @@ _PAYS = 1.05
 _SAMPLES = 5
 _ENOUGH = 3
 _GUESS = 0.02
-_LOOK_AGAIN = 500
+_LOOK_AGAIN = 200
 """Calls after which a batch size that did not pay is tried again: the device may have had other work then."""
 
 
@@ -19,11 +19,12 @@ class Curve:
 
     Attributes:
         limit: rows that a batch may have.
+        cap: rows that fit in memory, as far as is known.
     """
 
     def __init__(self) -> None:
         self.limit = MOST_ROWS
-        self._cap = MOST_ROWS
+        self.cap = MOST_ROWS
         self._times: dict[int, deque[float]] = {}
         self._since_look = 0
 
@@ -34,12 +35,12 @@ class Curve:
         if self._since_look >= _LOOK_AGAIN:
             self._since_look = 0
             self._times = {rows: self._times[rows]}
-        self.limit = min(self._cap, self._paying())
+        self.limit = min(self.cap, self._paying())
 
-    def cap(self, rows: int) -> None:
+    def lower_cap(self, rows: int) -> None:
         """More rows than this do not fit in memory."""
-        self._cap = max(1, min(self._cap, rows))
-        self.limit = min(self.limit, self._cap)
+        self.cap = max(1, min(self.cap, rows))
+        self.limit = min(self.limit, self.cap)
 
     def seconds(self, rows: int) -> float:
         """What a call of so many rows should take."""
@@ -57,7 +58,8 @@ class Curve:
         for rows in sorted(self._times):
             if len(self._times[rows]) < _ENOUGH:
                 continue
-            largest, speed = rows, rows / self._median(rows)
+            # the fastest of a few: what else a machine does makes calls slower, never faster
+            largest, speed = rows, rows / min(self._times[rows])
             if speed >= best * _PAYS:
                 best, paying = speed, rows
         return paying if paying < largest else MOST_ROWS

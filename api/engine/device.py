@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from api.engine.stopwatch import CpuStopwatch, CudaStopwatch, Stopwatch
+
 log = logging.getLogger("api.engine")
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,6 +64,10 @@ class Device:
             return 0
         peak = torch.cuda.max_memory_allocated(self.torch)
         return torch.cuda.memory_allocated(self.torch) / peak if peak else 0
+
+    def stopwatch(self) -> Stopwatch:
+        """What times its calls."""
+        return CudaStopwatch(self.torch) if self.is_cuda else CpuStopwatch()
 
     def synchronize(self) -> None:
         """Wait for everything that was queued on the device."""

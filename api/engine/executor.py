@@ -20,6 +20,7 @@ import torch
 
 from api.engine.curve import Curve
 from api.engine.merging import CannotSplit, Mergeable, analyse, merge, rejoin, split, take
+from api.engine.stopwatch import CpuStopwatch, Stopwatch
 
 log = logging.getLogger("api.engine")
 
@@ -46,7 +47,7 @@ class Ticket:
     """A running job, as the executor knows it.
 
     Args:
-        cancelled: asked before every call.
+        cancelled: asked before every call, and while one waits.
 
     Attributes:
         attained: seconds of the device that it has had.
@@ -59,6 +60,7 @@ class Ticket:
         self.last: Any = None
         """Kind of its last call: it is expected to make another one."""
         self.resumed = 0.0
+        """When it began, or got its last result."""
         self.gap = 0.0
         """Seconds that it usually takes from one result to the next call."""
 
@@ -100,10 +102,12 @@ class Executor:
 
     Args:
         threads: for the computations of a CPU; None: as torch has it.
+        stopwatch: of the device; a CPU's without one.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, stopwatch: Stopwatch | None = None) -> None:
         self._threads = threads
+        self._stopwatch = stopwatch or CpuStopwatch()
         self._changed = threading.Condition()
         self._tickets: set[Ticket] = set()
         self._calls: list[_Call] = []
@@ -112,25 +116,34 @@ class Executor:
         self._curves: dict[Any, Curve] = {}
         self._singly: set[tuple[str, str]] = set()
         self._closed = False
-        self.since: float | None = None
-        """When the call that is being made began (``time.monotonic``); None while nothing is."""
         self.calls = self.runs = 0
         """Module calls that were asked for, and those that were made."""
         self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
         self._thread.start()
+
+    @property
+    def since(self) -> float | None:
+        """When the call that the device is at began (``time.monotonic``); None while it is idle."""
+        return self._stopwatch.since
 
     @contextlib.contextmanager
     def job(self, ticket: Ticket) -> Iterator[Ticket]:
         """Be a running job in this thread. A job that has just begun waits while something runs exclusively.
 
         On a CPU the thread keeps one core from then on, for the small things between two calls.
+
+        Raises:
+            Cancelled: the job is to stop, or the executor is closed.
         """
         if self._threads is not None and not getattr(_here, "is_small", False):
             # once for each thread: every such call throws away the primitives that oneDNN has prepared for all
             torch.set_num_threads(1)
             _here.is_small = True
         with self._changed:
-            self._changed.wait_for(lambda: not self._alone and not self._exclusive)
+            self._changed.wait_for(lambda: self._is_over(ticket) or (not self._alone and not self._exclusive))
+            if self._is_over(ticket):
+                raise Cancelled
+            ticket.resumed = time.monotonic()
             self._tickets.add(ticket)
         try:
             yield ticket
@@ -150,8 +163,10 @@ class Executor:
             raise Cancelled
         call = _Call(ticket, function, args, kwargs)
         with self._changed:
+            if self._closed:  # nobody would ever take it
+                raise Cancelled
             self.calls += 1
-            if ticket.resumed:
+            if ticket.last is not None:
                 between = call.since - ticket.resumed
                 ticket.gap = between if not ticket.gap else 0.7 * ticket.gap + 0.3 * between
             ticket.parked, ticket.last = True, call.kind
@@ -159,17 +174,24 @@ class Executor:
             self._changed.notify_all()
         return self._await(call)
 
-    def exclusively(self, function: Callable[[], Any]) -> Any:
+    def exclusively(self, function: Callable[[], Any], cancelled: Callable[[], bool] = lambda: False) -> Any:
         """Run something on the device's thread while every job is parked, and none begins.
 
         For what patches torch process-wide while it runs, such as loading a model. Not from within a job, which
         would wait for itself.
 
+        Args:
+            function: what to run.
+            cancelled: asked while it waits.
+
         Raises:
+            Cancelled: ``cancelled`` said so before it began, or the executor is closed.
             Exception: what it raises.
         """
-        call = _Call(Ticket(), function, (), {})
+        call = _Call(Ticket(cancelled), function, (), {})
         with self._changed:
+            if self._is_over(call.ticket):
+                raise Cancelled
             self._alone.append(call)
             self._changed.notify_all()
         return self._await(call)
@@ -186,33 +208,34 @@ class Executor:
         with self._changed:
             self._changed.notify_all()
 
+    def _is_over(self, ticket: Ticket) -> bool:
+        return self._closed or ticket.cancelled()
+
     def _await(self, call: _Call) -> Any:
         call.done.wait()
-        if call.error is not None:
-            raise call.error
-        return call.result
+        if call.error is None:
+            return call.result
+        error, call.error = call.error, None
+        try:
+            raise error
+        finally:
+            # its traceback knows this frame, and that of the call: in a circle, all that the job holds would live on
+            del error
 
     def _serve(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         with torch.no_grad():
-            while True:
-                batch = self._next()
-                if batch is None:
-                    return
-                self.since = began = time.monotonic()
+            while batch := self._next():
                 self._run(batch)
-                self.since = None
-                self._settle(batch, time.monotonic() - began)
+                self._hand_back(batch)
+                del batch  # what a job no longer needs is not to live until the next call
 
-    def _settle(self, batch: list[_Call], seconds: float) -> None:
+    def _hand_back(self, batch: list[_Call]) -> None:
         now = time.monotonic()
-        rows = sum(call.rows for call in batch)
         with self._changed:
             for call in batch:
-                ticket = call.ticket
-                ticket.attained += seconds * call.rows / rows
-                ticket.parked, ticket.resumed = False, now
+                call.ticket.parked, call.ticket.resumed = False, now
             if self._exclusive:
                 self._exclusive = False
                 self._changed.notify_all()  # jobs that wait to begin
@@ -223,11 +246,9 @@ class Executor:
         """The calls to run now; waits for them. None when it is over."""
         with self._changed:
             while True:
+                self._stopwatch.catch_up()
                 self._drop_cancelled()
-                if self._closed:
-                    for call in self._calls + self._alone:
-                        call.error = Cancelled()
-                        call.done.set()
+                if self._closed:  # and none of the calls is left
                     return None
                 timeout: float | None = None
                 if self._alone:
@@ -243,15 +264,15 @@ class Executor:
                 self._changed.wait(timeout)
 
     def _drop_cancelled(self) -> None:
-        for call in [call for call in self._calls if call.ticket.cancelled()]:
-            self._calls.remove(call)
+        for call in [call for call in self._calls + self._alone if self._is_over(call.ticket)]:
+            (self._calls if call in self._calls else self._alone).remove(call)
             call.ticket.parked = False
             call.error = Cancelled()
             call.done.set()
 
     def _choose(self, now: float) -> tuple[list[_Call], float | None]:
         """The batch to run, and how long to wait for others to come first or join it: None to run it at once."""
-        first = min(self._calls, key=lambda call: (now - call.since < _LONGEST_WAIT, call.ticket.attained, call.since))
+        first = min(self._calls, key=lambda call: _place(call, now))
         curve = self._curve(first)
         batch, rows = [first], first.rows
         if not self._runs_alone(first):
@@ -276,9 +297,10 @@ class Executor:
 
     def _back_by(self, ticket: Ticket, first: _Call, joins: bool, patience: float) -> float:
         """Until when a job that is between two steps is waited for: it may join the call, or goes before it."""
-        if ticket.parked or ticket.last is None:
+        if ticket.parked:
             return 0.0
-        if not (joins and ticket.last == first.kind) and ticket.attained >= first.ticket.attained:
+        may_join = joins and ticket.last in (None, first.kind)  # of one that has only begun, nobody knows
+        if not may_join and ticket.attained >= first.ticket.attained:
             return 0.0
         return ticket.resumed + min(patience, _GAPS * (ticket.gap or _GAP))
 
@@ -286,62 +308,96 @@ class Executor:
         return call.mergeable is None or (call.owner, call.function.__name__) in self._singly
 
     def _run(self, batch: list[_Call]) -> None:
-        if len(batch) == 1:
-            self._run_alone(batch[0])
+        if len(batch) > 1 and self._run_merged(batch):
             return
-        try:
-            calls = [call.mergeable for call in batch if call.mergeable is not None]
-            counts = [call.rows for call in calls]
-            began = time.monotonic()
-            output = batch[0].function(**merge(calls))
-            results = split(output, counts)
-            self._curve(batch[0]).note(sum(counts), time.monotonic() - began)
-            self.runs += 1
-            for call, result in zip(batch, results, strict=True):
-                call.result = result
-            return
-        except CannotSplit as fault:
-            log.info("%s.%s runs unmerged: it returns %s", batch[0].owner, batch[0].function.__name__, fault)
-            self._singly.add((batch[0].owner, batch[0].function.__name__))
-        except torch.OutOfMemoryError:
-            self._curve(batch[0]).cap(sum(call.rows for call in batch) // 2)
-            log.warning("out of memory with %d rows: smaller batches from now on", sum(call.rows for call in batch))
-        except Exception as fault:  # one of them may be to blame: each is told its own
-            log.info("a merged call failed (%s): each part is run alone", type(fault).__name__)
         for call in batch:
             self._run_alone(call)
 
-    def _run_alone(self, call: _Call) -> None:
-        began = time.monotonic()
+    def _run_merged(self, batch: list[_Call]) -> bool:
+        """Make one call of several; whether that went well."""
+        name = f"{batch[0].owner}.{batch[0].function.__name__}"
+        calls = [call.mergeable for call in batch if call.mergeable is not None]
+        counts = [call.rows for call in calls]
         try:
-            self.runs += 1
-            call.result = call.function(*call.args, **call.kwargs)
-            if call.mergeable is not None:
-                self._curve(call).note(call.rows, time.monotonic() - began)
+            output = self._timed(batch, lambda: batch[0].function(**merge(calls)))
+            for call, result in zip(batch, split(output, counts), strict=True):
+                call.result = result
+            return True
+        except CannotSplit as fault:
+            log.info("%s runs unmerged: it returns %s", name, fault)
+            self._singly.add((batch[0].owner, batch[0].function.__name__))
+        except torch.OutOfMemoryError:
+            self._curve(batch[0]).lower_cap(sum(counts) // 2)
+            log.warning("out of memory with %d rows of %s: smaller batches from now on", sum(counts), name)
+        except Exception as fault:  # one of them may be to blame: each is told its own
+            log.info("a merged call failed (%s): each part is run alone", type(fault).__name__)
+        return False
+
+    def _run_alone(self, call: _Call) -> None:
+        if call.mergeable is None or call.rows <= self._curve(call).cap:
+            try:
+                call.result = self._timed([call], lambda: call.function(*call.args, **call.kwargs))
+                return
+            except torch.OutOfMemoryError as fault:
+                call.error = fault.with_traceback(None)  # which knows everything that the failed call had allocated
+            except BaseException as fault:
+                call.error = fault
+                return
+        # past the handler: until it ends, the fault and all that it knows of live
+        if call.mergeable is not None and call.rows > 1:
+            self._run_in_halves(call, call.mergeable)
+
+    def _run_in_halves(self, call: _Call, whole: Mergeable) -> None:
+        """A call of more rows than fit at once; the last resort before it fails."""
+        self._curve(call).lower_cap(max(1, call.rows // 2))
+        try:
+            call.result = rejoin(self._halves(call, whole))
+            call.error = None
         except torch.OutOfMemoryError as fault:
-            self._run_in_halves(call, fault)
+            call.error = fault.with_traceback(None)
         except BaseException as fault:
             call.error = fault
 
-    def _run_in_halves(self, call: _Call, fault: BaseException) -> None:
-        """A call of many rows that does not fit as a whole; the last resort before it fails."""
-        if call.mergeable is None or call.rows == 1:
-            call.error = fault
-            return
-        try:
-            call.result = rejoin(self._halves(call.function, call.mergeable))
-            self._curve(call).cap(call.rows // 2)
-        except BaseException as again:
-            call.error = again
-
-    def _halves(self, function: Callable[..., Any], call: Mergeable) -> list[Any]:
-        middle = call.rows // 2
+    def _halves(self, call: _Call, whole: Mergeable) -> list[Any]:
+        middle = whole.rows // 2
         parts: list[Any] = []
-        for half in (take(call, 0, middle), take(call, middle, call.rows)):
-            try:
-                parts.append(function(**half.arguments))
-            except torch.OutOfMemoryError:
-                if half.rows == 1:
-                    raise
-                parts += self._halves(function, half)
+        for half in (take(whole, 0, middle), take(whole, middle, whole.rows)):
+            if half.rows == 1:
+                parts.append(self._part(call, half))
+            elif (part := self._fitting(call, half)) is not None:
+                parts.append(part)
+            else:
+                parts += self._halves(call, half)
         return parts
+
+    def _fitting(self, call: _Call, part: Mergeable) -> Any:
+        """What a part of a call returns, or None where it does not fit either."""
+        try:
+            return self._part(call, part)
+        except torch.OutOfMemoryError:
+            self._curve(call).lower_cap(max(1, part.rows // 2))
+            return None
+
+    def _part(self, call: _Call, part: Mergeable) -> Any:
+        return self._timed([call], lambda: call.function(**part.arguments), part.rows)
+
+    def _timed(self, batch: list[_Call], function: Callable[[], Any], rows: int | None = None) -> Any:
+        """Make a call for these jobs, and note how long the device was at it."""
+        self.runs += 1
+        counts = [call.rows if rows is None else rows for call in batch]
+        tickets = [call.ticket for call in batch]
+        curve = self._curve(batch[0])
+
+        def note(seconds: float) -> None:
+            curve.note(sum(counts), seconds)
+            for ticket, count in zip(tickets, counts, strict=True):
+                ticket.attained += seconds * count / sum(counts)
+
+        return self._stopwatch.time(function, note)
+
+
+def _place(call: _Call, now: float) -> tuple[float, float, float]:
+    """Where in line a call stands: those that waited too long by age, then those of the jobs that have had least."""
+    if now - call.since >= _LONGEST_WAIT:
+        return 0.0, call.since, 0.0
+    return 1.0, call.ticket.attained, call.since

@@ -64,7 +64,7 @@ class Engine:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.executor = Executor(None if device.is_cuda else torch.get_num_threads())
+        self.executor = Executor(None if device.is_cuda else torch.get_num_threads(), device.stopwatch())
         self.cache = ModelCache(device.model_budget(), lambda ref: load(ref, device), device.release_cache)
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self._turn = threading.Lock()

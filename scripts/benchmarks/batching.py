@@ -120,6 +120,10 @@ def _throughput(
     ]
 
 
+def _generate_telling(engine: Engine, wanted: GenerationRequest, stepping: threading.Event) -> None:
+    engine.generate(wanted, on_step=lambda step, total: stepping.set())
+
+
 def _latency(engine: Engine, pool: concurrent.futures.ThreadPoolExecutor) -> Figure:
     """A short request that arrives in the midst of a long one's steps.
 
@@ -131,7 +135,7 @@ def _latency(engine: Engine, pool: concurrent.futures.ThreadPoolExecutor) -> Fig
         own = milliseconds(lambda: pool.submit(engine.generate, short).result())
         long_alone = milliseconds(lambda: pool.submit(engine.generate, long).result())
         stepping = threading.Event()
-        first = pool.submit(engine.generate, long, on_step=lambda step, total, told=stepping: told.set())
+        first = pool.submit(_generate_telling, engine, long, stepping)
         stepping.wait()
         time.sleep(_AMID * turn)
         late = milliseconds(lambda: pool.submit(engine.generate, short).result())

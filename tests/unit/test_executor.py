@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,12 +78,18 @@ def test_jobs_share_calls_and_each_gets_its_own_rows(executor: Executor) -> None
     assert module.threads == {"device"}
 
 
-def test_one_job_alone_never_waits(executor: Executor) -> None:
-    module = Recorder(0.02)
-    began = time.monotonic()
-    run_job(executor, module, [1.0] * 20)
-    beyond = time.monotonic() - began - 20 * 0.02
-    assert beyond < 20 * 0.02 * 0.5  # half a call's time is what it would wait for each
+def test_one_job_alone_never_waits(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+    choose = executor._choose
+
+    def noted(now: float) -> Any:
+        batch, wait = choose(now)
+        waits.append(wait)
+        return batch, wait
+
+    monkeypatch.setattr(executor, "_choose", noted)
+    run_job(executor, Recorder(0.01), [1.0] * 20)
+    assert waits == [None] * 20
 
 
 def test_a_job_that_arrives_behind_a_long_one_goes_first(executor: Executor) -> None:
@@ -248,7 +257,7 @@ def test_a_batch_grows_as_long_as_it_pays() -> None:
             curve.note(rows, seconds)
     assert curve.limit == 8
     assert curve.seconds(4) == pytest.approx(0.12)
-    curve.cap(5)
+    curve.lower_cap(5)
     assert curve.limit == 5
 
 
@@ -304,3 +313,144 @@ def test_what_is_remembered_of_calls_is_bounded(executor: Executor, monkeypatch:
             executor.run(ticket, module.forward, (torch.ones(1, size),), {})
             executor.run(ticket, module.forward, (torch.ones(1, 1),), {"flag": [size]})  # a list: it runs alone
     assert len(executor._curves) == 20
+
+
+def test_a_long_job_makes_a_step_for_each_bound_however_many_short_ones_come(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.engine.executor._LONGEST_WAIT", 0.1)
+    long, short, over = Recorder(0.02), Recorder(0.02), threading.Event()
+    waits: list[float] = []
+
+    def long_job() -> None:
+        with executor.job(Ticket()) as ticket:
+            ticket.attained = 100.0
+            for _ in range(10):
+                began = time.monotonic()
+                executor.run(ticket, long.forward, (torch.ones(1, 1),), {})
+                waits.append(time.monotonic() - began)
+        over.set()
+
+    def stream(width: int) -> None:
+        # ten at a time of different shapes, so that none is merged: a round of them takes longer than the bound
+        while not over.is_set():
+            with executor.job(Ticket()) as ticket:
+                for _ in range(3):
+                    executor.run(ticket, short.forward, (torch.ones(1, width),), {})
+
+    together(long_job, *[functools.partial(stream, 2 + number) for number in range(10)])
+    # the bound, and what had waited longer at that moment: a call of each of the others
+    assert sorted(waits)[len(waits) // 2] < 2 * (0.1 + 11 * 0.02)
+
+
+def test_a_job_that_is_cancelled_before_it_began_does_not_wait(executor: Executor) -> None:
+    inside, leave, asked = threading.Event(), threading.Event(), threading.Event()
+
+    def alone() -> None:
+        executor.exclusively(lambda: (inside.set(), leave.wait(10)))
+
+    def begin() -> None:
+        inside.wait(5)
+        with pytest.raises(Cancelled), executor.job(Ticket(asked.is_set)):
+            pass
+        with pytest.raises(Cancelled):
+            executor.exclusively(lambda: None, asked.is_set)
+        leave.set()
+
+    def cancel() -> None:
+        inside.wait(5)
+        time.sleep(0.05)
+        asked.set()
+        executor.wake()
+
+    together(alone, begin, cancel)
+
+
+def test_after_the_end_nobody_waits_for_ever() -> None:
+    executor = Executor()
+    executor.close()
+    for call in (
+        lambda: executor.exclusively(lambda: None),
+        lambda: run_job(executor, Recorder(), [1.0]),
+    ):
+        with pytest.raises(Cancelled):
+            call()
+
+
+def test_what_a_failed_or_finished_call_held_is_free_at_once(executor: Executor) -> None:
+    """Without waiting for a collection of circles: on a device these are the activations of whole batches."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    class Failing(nn.Module):
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            activation = sample * 2
+            held.append(weakref.ref(activation))
+            if len(held) < 3:
+                raise torch.OutOfMemoryError if len(held) == 1 else ValueError("no")
+            assert [each() for each in held[:-1]] == [None, None]
+            return activation
+
+    module = Failing()
+    gc.disable()
+    try:
+        for expected in (torch.OutOfMemoryError, ValueError):
+            with pytest.raises(expected), executor.job(Ticket()) as ticket:
+                executor.run(ticket, module.forward, (torch.ones(1, 1),), {})
+        with executor.job(Ticket()) as ticket:
+            executor.run(ticket, module.forward, (torch.ones(1, 1),), {})
+        executor.exclusively(lambda: None)
+        assert [each() for each in held] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_halves_begin_when_the_whole_is_forgotten(executor: Executor) -> None:
+    whole: list[weakref.ref[torch.Tensor]] = []
+
+    class Tight(nn.Module):
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            if whole:
+                assert whole[-1]() is None
+            activation = sample * 2
+            if len(activation) > 2:
+                whole.append(weakref.ref(activation))
+                raise torch.OutOfMemoryError
+            return activation
+
+    gc.disable()
+    try:
+        with executor.job(Ticket()) as ticket:
+            result = executor.run(ticket, Tight().forward, (torch.arange(7.0).reshape(7, 1),), {})
+    finally:
+        gc.enable()
+    assert result.flatten().tolist() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
+    assert len(whole) == 3  # 7 rows, then 3 and 4
+
+
+class Delayed:
+    """A stopwatch that learns what a call took only later, as that of a GPU."""
+
+    since = None
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[float], None]] = []
+        self.told = 0
+
+    def time(self, call: Callable[[], Any], note: Callable[[float], None]) -> Any:
+        result = call()
+        self.waiting.append(note)
+        return result
+
+    def catch_up(self) -> None:
+        while len(self.waiting) > 1:
+            self.waiting.pop(0)(0.5)
+            self.told += 1
+
+
+def test_what_the_device_tells_later_is_noted_for_the_job_that_had_it() -> None:
+    stopwatch = Delayed()
+    executor, ticket = Executor(stopwatch=stopwatch), Ticket()
+    run_job(executor, Recorder(), [1.0] * 5, ticket)
+    executor.close()
+    assert stopwatch.told == 4
+    assert ticket.attained == pytest.approx(2.0)
