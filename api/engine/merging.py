@@ -51,7 +51,8 @@ STEPS = frozenset({"timestep"})
 SAME = frozenset({"img_ids", "txt_ids", "position_ids", "image_rotary_emb"})
 """Tensors without rows: equal in value, or the calls are not merged."""
 ROW_LISTS = frozenset({"img_shapes"})
-"""Plain lists with an item for each row."""
+"""Plain lists with an item for each row. The modules read the first and take the others for equal (Qwen's rotary
+embedding warns of it and goes on): calls are merged only where all items of all of them are."""
 UNUSED = frozenset({("AutoencoderKL", "generator"), ("AutoencoderTiny", "generator")})
 """Arguments that a class takes for the sake of others and does not read."""
 
@@ -218,8 +219,11 @@ def _look(path: str, name: str, value: Any, rows: int, kinds: dict[str, str]) ->
         kinds[path] = "plain"
         return (path, type(value), value)
     if name in ROW_LISTS and isinstance(value, list) and len(value) == rows:
+        items = [_frozen(item) for item in value]
+        if items[0] is None or items.count(items[0]) != rows:
+            return None
         kinds[path] = "row list"
-        return (path, "row list")
+        return (path, "row list", items[0])
     if isinstance(value, dict):
         return _look_inside(
             path, [(str(key), str(key), value[key]) for key in sorted(value, key=str)], rows, kinds, dict
@@ -230,6 +234,16 @@ def _look(path: str, name: str, value: Any, rows: int, kinds: dict[str, str]) ->
             return None
         return _look_inside(path, [(str(i), name, item) for i, item in enumerate(value)], rows, kinds, type(value))
     return None
+
+
+def _frozen(value: Any) -> Hashable | None:
+    """Nested lists of numbers as a key; None for anything else. A list and a tuple are not the same to a module."""
+    if isinstance(value, int | float):
+        return (type(value), value)
+    if type(value) not in (list, tuple):
+        return None
+    items = tuple(map(_frozen, value))
+    return None if None in items else (type(value), items)
 
 
 def _look_inside(

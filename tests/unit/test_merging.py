@@ -59,6 +59,58 @@ def flux() -> Any:
     )  # fmt: skip
 
 
+def qwen(zero_cond_t: bool = False) -> Any:
+    return diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4), zero_cond_t=zero_cond_t,
+    )  # fmt: skip
+
+
+def chroma() -> Any:
+    return diffusers.ChromaTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 4, 8), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    )  # fmt: skip
+
+
+def flux2() -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, timestep_guidance_channels=8, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+
+
+def lumina2() -> Any:
+    return diffusers.Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=3, num_kv_heads=1, multiple_of=2, scaling_factor=1.0, axes_dim_rope=(4, 2, 2),
+        axes_lens=(32, 16, 16), cap_feat_dim=16,
+    )  # fmt: skip
+
+
+def sana() -> Any:
+    return diffusers.SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=16,
+        sample_size=8,
+    )  # fmt: skip
+
+
+def mask(rows: int, length: int) -> torch.Tensor:
+    """Prompts of several lengths, padded."""
+    lengths = torch.randint(1, length + 1, (rows, 1))
+    return (torch.arange(length) < lengths).to(torch.int64)
+
+
+def qwen_call(rows: int, step: int, height: int = 2, width: int = 8) -> dict[str, Any]:
+    return {
+        "hidden_states": rand(rows, height * width, 16), "encoder_hidden_states": rand(rows, 7, 16),
+        "encoder_hidden_states_mask": mask(rows, 7), "guidance": None, "attention_kwargs": {}, "return_dict": False,
+        "timestep": torch.full((rows,), step / 1000, dtype=torch.float64), "img_shapes": [[(1, height, width)]] * rows,
+    }  # fmt: skip
+
+
 def vae() -> Any:
     return diffusers.AutoencoderKL(
         block_out_channels=[8, 16], down_block_types=["DownEncoderBlock2D"] * 2,
@@ -114,6 +166,46 @@ CASES: dict[str, tuple[Callable[[], Any], str, Callable[[int, int], dict[str, An
             "pooled_projections": rand(rows, 8), "timestep": torch.full((rows,), step / 1000, dtype=torch.float64),
             "guidance": torch.full((rows,), 3.5, dtype=torch.float64), "txt_ids": IDS.clone(),
             "img_ids": torch.arange(48.0, dtype=torch.float64).reshape(16, 3), "return_dict": False,
+        },
+    ),
+    "Qwen-Image": (qwen, "forward", qwen_call),
+    "Qwen-Image-Edit 2511": (
+        lambda: qwen(zero_cond_t=True), "forward",
+        lambda rows, step: {**qwen_call(rows, step), "img_shapes": [[(1, 2, 4), (1, 4, 2)]] * rows},
+    ),
+    "Chroma": (
+        chroma, "forward",
+        lambda rows, step: {
+            "hidden_states": rand(rows, 16, 4), "encoder_hidden_states": rand(rows, 2, 16),
+            "timestep": torch.full((rows,), step / 1000, dtype=torch.float64), "txt_ids": IDS.clone(),
+            "img_ids": torch.arange(48.0, dtype=torch.float64).reshape(16, 3), "return_dict": False,
+            "attention_mask": torch.ones(rows, 18, dtype=torch.bool),
+        },
+    ),
+    "FLUX.2": (
+        flux2, "forward",
+        lambda rows, step: {
+            "hidden_states": rand(rows, 16, 4), "encoder_hidden_states": rand(rows, 2, 16),
+            "timestep": torch.full((rows,), step / 1000, dtype=torch.float64), "return_dict": False,
+            "guidance": torch.full((rows,), 3.5, dtype=torch.float64),
+            "txt_ids": torch.arange(8.0, dtype=torch.float64).reshape(2, 4),
+            "img_ids": torch.arange(64.0, dtype=torch.float64).reshape(16, 4),
+        },
+    ),
+    "Lumina 2": (
+        lumina2, "forward",
+        lambda rows, step: {
+            "hidden_states": rand(rows, 4, 8, 8), "encoder_hidden_states": rand(rows, 7, 16),
+            "encoder_attention_mask": mask(rows, 7), "return_dict": False,
+            "timestep": torch.full((rows,), step / 1000, dtype=torch.float64),
+        },
+    ),
+    "Sana": (
+        sana, "forward",
+        lambda rows, step: {
+            "hidden_states": rand(rows, 4, 8, 8), "encoder_hidden_states": rand(rows, 7, 16),
+            "encoder_attention_mask": mask(rows, 7), "return_dict": False,
+            "timestep": torch.full((rows,), step),
         },
     ),
     "VAE decode": (vae, "decode", lambda rows, step: {"z": rand(rows, 4, 8, 8), "generator": torch.Generator()}),
@@ -228,6 +320,18 @@ def test_tensors_without_rows_must_be_equal_in_value() -> None:
 )
 def test_what_the_rule_does_not_know_runs_alone(unknown: dict[str, Any]) -> None:
     assert analyse(sd().forward, "UNet2DConditionModel", (), {**unet_call(2, 5), **unknown}) is None
+
+
+def test_lists_with_an_item_for_each_row_are_equal_or_the_calls_are_not_merged() -> None:
+    """Qwen-Image takes the first item for all: portrait and landscape of as many pixels differ in nothing else."""
+    module = qwen()
+    landscape, portrait = qwen_call(1, 5, 2, 8), qwen_call(1, 5, 8, 2)
+    assert analysed(module, "forward", landscape).key == analysed(module, "forward", qwen_call(2, 7, 2, 8)).key
+    assert analysed(module, "forward", landscape).key != analysed(module, "forward", portrait).key
+    mixed = {**qwen_call(2, 5, 2, 8), "img_shapes": [[(1, 2, 8)], [(1, 8, 2)]]}
+    assert analyse(module.forward, "QwenImageTransformer2DModel", (), mixed) is None
+    unknown = {**qwen_call(1, 5), "img_shapes": [object()]}
+    assert analyse(module.forward, "QwenImageTransformer2DModel", (), unknown) is None
 
 
 def test_a_first_dimension_that_happens_to_fit_is_no_row() -> None:
