@@ -91,11 +91,13 @@ def analyse(
     """Look at a call; None when it must run alone.
 
     Args:
-        function: the bound method that is called.
+        function: the bound method that is called; one with an attribute ``runs_alone`` does.
         owner: name of the module's class.
         args: positional arguments.
         kwargs: keyword arguments.
     """
+    if getattr(function, "runs_alone", False):
+        return None
     arguments = _bind(function, owner, args, kwargs)
     if arguments is None:
         return None

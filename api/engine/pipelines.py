@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 from typing import Any
 
 import diffusers
+import torch
+from torch import nn
 
 from api.engine.loader import LoadedModel
 from api.errors import ApiError
@@ -53,7 +56,7 @@ def make_pipeline(
         scheduler: a diffusers scheduler class.
         safety_checker: keep the model's safety checker, where it has one.
     """
-    cls = getattr(diffusers, name)
+    cls = _on_one_device(getattr(diffusers, name))
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
     parts = {k: v for k, v in {**model.config, **components}.items() if k in accepted}
     parts["scheduler"] = make_scheduler(model, scheduler)
@@ -63,5 +66,21 @@ def make_pipeline(
         if "requires_safety_checker" in accepted:
             parts["requires_safety_checker"] = False
     pipe = cls(**parts)
+    pipe.__dict__["_device"] = next(part.device for part in parts.values() if isinstance(part, nn.Module))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@functools.cache
+def _on_one_device(cls: type[diffusers.DiffusionPipeline]) -> type[diffusers.DiffusionPipeline]:
+    """The same class, which knows its device.
+
+    diffusers looks for hooks of offloading in every module, again and again, and a view copies what is looked at.
+    """
+
+    def device(self: Any) -> torch.device:
+        # not known yet while it is built
+        return self.__dict__.get("_device") or cls.device.fget(self)
+
+    body = {"__module__": cls.__module__, "device": property(device), "_execution_device": property(device)}
+    return type(cls.__name__, (cls,), body)
