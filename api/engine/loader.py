@@ -10,10 +10,10 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from transformers import CLIPTextModel
 
 from api.engine.device import Device
-from api.engine.views import locked
+from api.engine.tokenizers import taking_turns
 from api.errors import ApiError
 from api.schema.generation import ModelRef
 
@@ -37,16 +37,12 @@ class LoadedModel:
     def __init__(self, ref: ModelRef, dtype: torch.dtype, pipe: diffusers.DiffusionPipeline) -> None:
         self.ref = ref
         self.dtype = dtype
-        self.components: dict[str, Any] = {name: _for_threads(part) for name, part in pipe.components.items()}
+        self.components: dict[str, Any] = taking_turns(pipe.components)
         self.config = {k: v for k, v in pipe.config.items() if k not in self.components and not k.startswith("_")}
         self.schedulers: dict[str, Any] = {}
         self.variants: dict[str, dict[str, Any]] = {}
         self.latent_maps: dict[str, Any] = {}
         self.bytes = sum(_module_bytes(part) for part in self.components.values() if isinstance(part, nn.Module))
-
-
-def _for_threads(part: Any) -> Any:
-    return locked(part) if isinstance(part, PreTrainedTokenizerBase) else part
 
 
 def _module_bytes(module: nn.Module) -> int:

@@ -1,12 +1,9 @@
-"""What a job holds in place of the modules and tokenizers that it shares with others.
+"""What a job holds in place of the modules that it shares with others.
 
 A module's view is a tree of its own over the same parameters and buffers: a node is copied when it is first looked at.
 Calls of the view go to the executor, and from there to the shared module, together with those of other jobs. When the
 job changed something in its tree, such as attention processors or tiling, they go to that tree instead, alone: what a
 job switches is on for itself and for nobody else.
-
-A tokenizer's view takes turns: tokenizers keep padding and truncation as state between two of their own lines, and two
-threads at once get wrong lengths, or another prompt's.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +19,6 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from api.engine.executor import Executor, Ticket
 from api.engine.noise import Seeded
@@ -286,26 +281,3 @@ def clone(module: nn.Module) -> nn.Module:
     """A module tree of its own over the same parameters and buffers: what is switched on one is not on the other."""
     shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     return copy.deepcopy(module, shared)
-
-
-def locked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same tokenizer, for several threads."""
-    cls = type(tokenizer)
-    lock = threading.RLock()
-
-    def taking_turns(name: str) -> Any:
-        method = getattr(cls, name)
-
-        @functools.wraps(method)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with lock:
-                return method(self, *args, **kwargs)
-
-        return call
-
-    methods = ("__call__", "encode", "decode", "batch_decode", "tokenize", "pad", "apply_chat_template")
-    body = {name: taking_turns(name) for name in methods if hasattr(cls, name)}
-    # a class of the same name: pipelines compare and save names
-    turned = copy.copy(tokenizer)
-    turned.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **body})
-    return turned
