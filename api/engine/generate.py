@@ -174,8 +174,9 @@ class Engine:
         ticket = Ticket(cancelled)
         with self.executor.job(ticket), torch.no_grad():
             parts, used = components_with(model, request.attention)
-            seen = {name: view(part, self.executor, ticket) for name, part in parts.items()}
-            pipe = make_pipeline(model, seen, request.pipeline, request.scheduler, request.safety_checker)
+            generator = make_generators(request.seed)
+            seen = {name: view(part, self.executor, ticket, first_seed(request.seed)) for name, part in parts.items()}
+            pipe = make_pipeline(model, seen, request.pipeline, request.scheduler, request.safety_checker, generator)
 
             previews = None
             if request.preview is not None and on_preview is not None:
@@ -195,7 +196,7 @@ class Engine:
             arguments: dict[str, Any] = {
                 **request.inputs,
                 **{name: to_pil(picture) for name, picture in request.pictures.items()},
-                "generator": make_generators(request.seed),
+                "generator": generator,
                 "callback_on_step_end": after_step,
                 # cropping around a mask pastes the result back with Pillow
                 "output_type": "pil" if request.inputs.get("padding_mask_crop") is not None else "pt",
@@ -239,6 +240,11 @@ def make_generators(seed: int | list[int]) -> torch.Generator | list[torch.Gener
     if isinstance(seed, list):
         return [torch.Generator().manual_seed(s) for s in seed]
     return torch.Generator().manual_seed(seed)
+
+
+def first_seed(seed: int | list[int]) -> int:
+    """The seed of what is drawn once for all images."""
+    return seed[0] if isinstance(seed, list) else seed
 
 
 def to_pil(picture: Picture) -> PIL.Image.Image:

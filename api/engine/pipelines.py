@@ -6,7 +6,8 @@ import copy
 import functools
 import inspect
 import logging
-from typing import Any
+import weakref
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
@@ -15,11 +16,13 @@ from torch import nn
 from api.engine.loader import LoadedModel
 from api.errors import ApiError
 
+Generators: TypeAlias = torch.Generator | list[torch.Generator]
+
 log = logging.getLogger("api.engine")
 
 
-def make_scheduler(model: LoadedModel, name: str) -> Any:
-    """A scheduler of a job's own, with the model's settings.
+def make_scheduler(model: LoadedModel, name: str, generator: Generators) -> Any:
+    """A scheduler of a job's own, with the model's settings and the job's random numbers.
 
     Raises:
         ApiError: INVALID_SCHEDULER when the class refuses the model's settings.
@@ -27,7 +30,35 @@ def make_scheduler(model: LoadedModel, name: str) -> Any:
     pristine = model.schedulers.get(name)
     if pristine is None:
         pristine = model.schedulers[name] = _new_scheduler(model, name)
-    return copy.deepcopy(pristine)  # a third of the time that from_config takes
+    return seeded(copy.deepcopy(pristine), generator)  # copied in a third of the time that from_config takes
+
+
+def seeded(scheduler: Any, generator: Generators) -> Any:
+    """A scheduler that draws its noise from a job's generator, also where the pipeline hands it none.
+
+    It would draw from torch's global generator then, from which all jobs draw. Most pipelines of flow-matching models
+    hand none, and schedulers that they may be run with are stochastic by their settings.
+    """
+    if hasattr(scheduler, "noise_sampler_seed") and scheduler.noise_sampler_seed is None:
+        each = generator if isinstance(generator, list) else [generator]
+        seeds = [one.initial_seed() for one in each]
+        scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0]
+    signature = inspect.signature(scheduler.step)
+    if "generator" not in signature.parameters:
+        return scheduler
+    itself, method = weakref.ref(scheduler), type(scheduler).step
+
+    @functools.wraps(scheduler.step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        if given.arguments.get("generator") is None and given.arguments.get("variance_noise") is None:
+            given.arguments["generator"] = generator
+        return method(itself(), *given.args, **given.kwargs)
+
+    del step.__wrapped__  # type: ignore[attr-defined]  # it holds the scheduler
+    step.__signature__ = signature  # type: ignore[attr-defined]  # pipelines look what it takes
+    scheduler.step = step
+    return scheduler
 
 
 def _new_scheduler(model: LoadedModel, name: str) -> Any:
@@ -43,7 +74,12 @@ def _new_scheduler(model: LoadedModel, name: str) -> Any:
 
 
 def make_pipeline(
-    model: LoadedModel, components: dict[str, Any], name: str, scheduler: str, safety_checker: bool
+    model: LoadedModel,
+    components: dict[str, Any],
+    name: str,
+    scheduler: str,
+    safety_checker: bool,
+    generator: Generators,
 ) -> diffusers.DiffusionPipeline:
     """A pipeline object for one job: views of the model's modules, a scheduler of its own.
 
@@ -55,11 +91,15 @@ def make_pipeline(
         name: a diffusers pipeline class.
         scheduler: a diffusers scheduler class.
         safety_checker: keep the model's safety checker, where it has one.
+        generator: the job's random numbers.
     """
     cls = _on_one_device(getattr(diffusers, name))
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
     parts = {k: v for k, v in {**model.config, **components}.items() if k in accepted}
-    parts["scheduler"] = make_scheduler(model, scheduler)
+    for key, part in parts.items():  # a prior's, which is not to be chosen: schedulers count their steps
+        if isinstance(part, diffusers.SchedulerMixin):
+            parts[key] = seeded(copy.deepcopy(part), generator)
+    parts["scheduler"] = make_scheduler(model, scheduler, generator)
     if not safety_checker or parts.get("safety_checker") is None:
         if "safety_checker" in accepted:
             parts["safety_checker"] = None
