@@ -36,10 +36,11 @@ class Seeded(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _DRAWS and kwargs.get("generator") is None:
-            kwargs = {**kwargs, "generator": self._of(args[0].device)}
+            kwargs = {**kwargs, "generator": self.generator(args[0].device)}
         return func(*args, **kwargs)
 
-    def _of(self, device: torch.device) -> torch.Generator:
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The job's generator on a device."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]

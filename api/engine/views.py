@@ -241,8 +241,11 @@ def _handed_over(cls: type[nn.Module], name: str) -> Callable[..., Any]:
             args = tuple(_cast(value, tree.dtype) for value in args)
             kwargs = {key: _cast(value, tree.dtype) for key, value in kwargs.items()}
         result = tree.executor.run(tree.ticket, tree.method(name), args, kwargs)
+        if name != "encode":
+            return result
         # latents in the autoencoder's precision would be refused by a denoiser that is held in another
-        return _cast(result, theirs) if name == "encode" and theirs not in (None, tree.dtype) else result
+        result = _cast(result, theirs) if theirs not in (None, tree.dtype) else result
+        return _drawing(result, tree.noise)
 
     return call
 
@@ -274,6 +277,24 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return type(value)(**{name: _cast(item, dtype) for name, item in value.items()})
     if type(value) in (tuple, list):
         return type(value)(_cast(item, dtype) for item in value)
+    return value
+
+
+class _Drawn(DiagonalGaussianDistribution):
+    """What ``encode`` gives, for pipelines that draw from it without a generator (SD3's ControlNets, CogView4's)."""
+
+    noise: torch.Generator
+
+    def sample(self, generator: Any = None) -> torch.Tensor:
+        return super().sample(self.noise if generator is None else generator)
+
+
+def _drawing(value: Any, noise: Seeded) -> Any:
+    """The same, each distribution in it with the job's random numbers."""
+    for item in value.values() if isinstance(value, BaseOutput) else value if isinstance(value, tuple) else ():
+        if type(item) is DiagonalGaussianDistribution:
+            item.__class__ = _Drawn
+            item.noise = noise.generator(torch.device("cpu"))
     return value
 
 

@@ -17,7 +17,7 @@ from api.engine.noise import Seeded
 from api.engine.pipelines import make_pipeline, make_scheduler, seeded
 from api.engine.views import view
 from api.schema.catalogue import catalogue
-from tests.unit.test_merging import sd
+from tests.unit.test_merging import sd, vae
 
 
 def generator(seed: int = 7) -> torch.Generator:
@@ -152,6 +152,26 @@ def test_make_scheduler_gives_each_job_its_own() -> None:
     one, other = (make_scheduler(model, "FlowMatchEulerDiscreteScheduler", generator(seed)) for seed in (1, 2))
     assert one is not other and one is not pristine
     assert "step" not in vars(pristine)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_latents_drawn_without_a_generator_are_the_jobs_own(return_dict: bool) -> None:
+    part, picture = vae().eval(), torch.ones(1, 3, 16, 16)
+    executor = Executor(1)
+    try:
+
+        def drawn(seed: int) -> torch.Tensor:
+            torch.randn(1)  # another job
+            found = view(part, executor, Ticket(), seed).encode(picture, return_dict=return_dict)
+            return (found.latent_dist if return_dict else found[0]).sample()  # type: ignore[no-any-return]
+
+        with torch.no_grad():
+            assert torch.equal(drawn(1), drawn(1))
+            assert not torch.equal(drawn(1), drawn(2))
+            given = view(part, executor, Ticket(), 1).encode(picture).latent_dist.sample(generator(5))
+            assert torch.equal(given, part.encode(picture).latent_dist.sample(generator(5)))
+    finally:
+        executor.close()
 
 
 class TwoSchedulersPipeline(diffusers.DiffusionPipeline):
