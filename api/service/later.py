@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import secrets
 import sqlite3
 import time
@@ -36,6 +37,8 @@ _PAUSE = 1.0
 """Seconds before the next try when the workers, or the store, could not."""
 _LAST_WORDS = 5.0
 """Seconds that it may take to write how jobs ended, once the workers stopped."""
+_RECOVERY = 5.0
+"""Seconds for which those who come wait until the store was read; milliseconds unless the disk has a fault."""
 _NOT_ITS_FAULT = ("QUEUE_FULL", "NOT_READY")
 """The server could not: the job goes on waiting, and it was no try of it."""
 _T = TypeVar("_T")
@@ -94,8 +97,13 @@ class Later:
             await asyncio.wait(running, timeout=_LAST_WORDS)
         for task in list(self._tasks):
             task.cancel()
-        for job_id, _ in await self.ledger.call(self._store.running):
-            await self.ledger.give_back(job_id, counts=False)
+        try:
+            async with asyncio.timeout(_LAST_WORDS):
+                ran = await self.ledger.call(self._store.running) if self._recovered.is_set() else []
+                for job_id, _ in ran:
+                    await self.ledger.give_back(job_id, counts=False)
+        except (TimeoutError, sqlite3.Error):
+            log.exception("what runs cannot be given back: the next start does it, as after a crash")
         await self.ledger.close()
 
     async def accept(
@@ -120,7 +128,7 @@ class Later:
         """
         inputs = msgspec.json.encode({"modelInputs": model_inputs, "callInputs": call_inputs})
         digest = hashlib.sha256(inputs).hexdigest()
-        await self._recovered.wait()
+        await self._until_recovered()
         known = None if key is None else await self.ledger.call(self._store.by_key, key)
         if known is None:
             self._service.dispatcher.check_room()
@@ -160,9 +168,9 @@ class Later:
         """End a job wherever it is; one that is over stays as it is.
 
         Raises:
-            ApiError: NO_SUCH_JOB.
+            ApiError: NO_SUCH_JOB, NOT_READY.
         """
-        await self._recovered.wait()
+        await self._until_recovered()
         await asyncio.shield(self._begin(self._fail(job_id, ApiError("CANCELLED", "The job was cancelled."))))
         return await self.ledger.get(job_id)
 
@@ -181,8 +189,24 @@ class Later:
         self._wake.set()
         return accepted
 
+    async def _until_recovered(self) -> None:
+        try:
+            async with asyncio.timeout(_RECOVERY):
+                await self._recovered.wait()
+        except TimeoutError:
+            message = (
+                "The jobs in STATE_DIR cannot be read or written at the moment, which is tried again all the time; "
+                "the server's log says why. Try again later, or send the request as one that waits."
+            )
+            raise ApiError("NOT_READY", message, retry_after=math.ceil(_RECOVERY)) from None
+
     async def _run_all(self) -> None:
-        await self._recover()
+        while not self._recovered.is_set():
+            try:
+                await self._recover()
+            except Exception:
+                log.exception("what an earlier process left cannot be read")
+                await asyncio.sleep(_PAUSE)
         self._begin(self.ledger.write_events())
         self._begin(self._sweep())
         while not self._closing:
@@ -197,7 +221,7 @@ class Later:
                     await self._wake.wait()
 
     async def _recover(self) -> None:
-        """What ran when the process ended waits again, unless it did so too often."""
+        """What ran when the process ended waits again, unless it did so too often. May be done once more at any point."""
         for job_id in await self.ledger.call(self._store.without_inputs):
             message = (
                 "The server was started anew, and with PERSIST_INPUTS=0 inputs end with it: send the request again."

@@ -153,11 +153,17 @@ class Ledger:
                 self.tell(job_id)
 
     async def give_back(self, job_id: str, *, counts: bool) -> bool:
-        """Let a job that runs wait again; see ``Store.give_back``."""
+        """Let a job that runs wait again, however often that takes to write; see ``Store.give_back``."""
         events = [*self._unwritten.pop(job_id, []), state_event(JobState.IN_QUEUE)]
-        changed = await self.call(lambda: self._store.give_back(job_id, events, counts=counts))
-        self.tell(job_id)
-        return changed
+        while True:
+            try:
+                changed = await self.call(lambda: self._store.give_back(job_id, events, counts=counts))
+            except sqlite3.Error:  # nobody else knows of it: it would run for ever
+                log.exception("that job %s waits again cannot be written", job_id)
+                await asyncio.sleep(_PAUSE)
+            else:
+                self.tell(job_id)
+                return changed
 
     async def end(self, job_id: str, outcome: GenerationResult | ApiError) -> JobState | None:
         """Write how a job ended, however often that takes: it is over when that is written.
