@@ -69,6 +69,8 @@ class Later:
         self._wake = asyncio.Event()
         self._recovered = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._reserved: set[str] = set()
+        """Jobs that have left the store and not come to the line yet, where their places are kept."""
         self._closing = False
         self._not_before = 0.0
 
@@ -221,7 +223,7 @@ class Later:
                     await self._wake.wait()
 
     async def _recover(self) -> None:
-        """What ran when the process ended waits again, unless it did so too often. May be done once more at any point."""
+        """What ran when the process ended waits again, unless it did so too often. May be begun anew at any point."""
         for job_id in await self.ledger.call(self._store.without_inputs):
             message = (
                 "The server was started anew, and with PERSIST_INPUTS=0 inputs end with it: send the request again."
@@ -246,14 +248,21 @@ class Later:
             turn = await self.ledger.call(self._store.take, time.time(), [state_event(JobState.IN_PROGRESS)])
             if turn is None:
                 return
-            self._count(-1)
+            self.waiting -= 1
+            self._reserved.add(turn.id)
             self.ledger.tell(turn.id)
             report = Report(turn.id, partial(self.ledger.note, turn.id))
             task = self._begin(self._run(turn, report))
             self._running[turn.id] = (task, report)
             task.add_done_callback(partial(self._ended, turn.id))
 
+    def _release(self, job_id: str) -> None:
+        if job_id in self._reserved:
+            self._reserved.remove(job_id)
+            self._service.dispatcher.expected -= 1
+
     def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
+        self._release(job_id)  # of one that was cancelled before it began
         if job_id in self._running and self._running[job_id][0] is task:  # it may be its turn once more already
             del self._running[job_id]
             self.ledger.forget(job_id)
@@ -281,6 +290,7 @@ class Later:
 
     async def _generate(self, turn: Turn, report: Report) -> GenerationResult:
         inputs, service = msgspec.json.decode(turn.inputs), self._service
+        self._release(turn.id)  # the next line takes the place itself, before it awaits anything
         admitted = await service.admit(
             turn.request_id, inputs["modelInputs"], inputs["callInputs"], report, self._settings.job_ttl
         )

@@ -153,3 +153,55 @@ async def test_a_disk_that_stays_full_does_not_keep_the_server_from_stopping(
     store.open()
     assert [job_id for job_id, _ in store.running()] == [job.id]  # the next start finds it
     store.close()
+
+
+async def test_a_job_keeps_its_place_on_the_way_from_the_store_to_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Any
+) -> None:
+    """Somebody who comes in between finds the line as full as it was."""
+    service = Refusing()
+    service.dispatcher.most = 1
+    later = later_of(tmp_path, service, monkeypatch)
+    later.start()
+    seen: list[int] = []
+    tell = later.ledger.tell
+
+    def told(job_id: str) -> None:
+        asyncio.get_running_loop().call_soon(lambda: seen.append(service.dispatcher.expected))
+        tell(job_id)
+
+    async def admit(*_: Any) -> None:
+        service.admitted += 1
+        assert service.dispatcher.expected == 0  # it is not counted twice either: the real one counts from here
+        raise ApiError("PIPELINE_ERROR", "x")
+
+    monkeypatch.setattr(later.ledger, "tell", told)
+    monkeypatch.setattr(service, "admit", admit)
+    job = await later.accept("r", {"prompt": "x"}, {})
+    await until(lambda: service.admitted)
+    assert seen[0] == 1
+    await until(lambda: not later._running)
+    assert (await later.ledger.get(job.id)).error == {"code": "PIPELINE_ERROR", "message": "x"}
+    assert service.dispatcher.expected == later.waiting == 0
+    await later.stop()
+
+
+async def test_a_job_that_is_cancelled_before_it_began_leaves_no_place_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Any
+) -> None:
+    service = Refusing()
+    later = later_of(tmp_path, service, monkeypatch)
+    later.start()
+    begin = later._begin
+
+    def cancelled(work: Any) -> Any:
+        task = begin(work)
+        if work.__name__ == "_run":
+            task.cancel()
+        return task
+
+    monkeypatch.setattr(later, "_begin", cancelled)
+    await later.accept("r", {"prompt": "x"}, {})
+    await until(lambda: not later.waiting and not later._running)
+    assert service.dispatcher.expected == service.admitted == 0
+    await later.stop()
