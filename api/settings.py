@@ -219,7 +219,10 @@ class Settings:
     max_images: int = _variable("MAX_IMAGES", "16", _whole(1, 1024), "images of one request")
     max_body: int = _variable("MAX_BODY", "64MiB", _bytes, "size of a request body, and of an image fetched from a URL")
     request_timeout: float = _variable(
-        "REQUEST_TIMEOUT", "600", _seconds, "seconds a request may take, waiting included"
+        "REQUEST_TIMEOUT",
+        "600",
+        _seconds,
+        "seconds a request may take, waiting included; for jobs for later, running alone counts",
     )
     fetch_timeout: float = _variable("FETCH_TIMEOUT", "20", _seconds, "seconds an image URL may take")
     watchdog_timeout: float = _variable(

@@ -294,7 +294,7 @@ class Later:
         admitted = await service.admit(
             turn.request_id, inputs["modelInputs"], inputs["callInputs"], report, self._settings.job_ttl
         )
-        return await service.finish(service.submit(admitted, report))
+        return await service.finish(service.submit(admitted, report), from_start=True)
 
     async def _fail(self, job_id: str, error: ApiError) -> None:
         """End a job from outside, in whatever state it is."""

@@ -1,0 +1,103 @@
+"""The queue and its workers, with stand-ins for the worker processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from api.errors import ApiError
+from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
+from api.schema.messages import Done, FromWorker, Ready
+from api.service.dispatch import Dispatcher
+from api.service.jobs import Job, JobState
+from api.service.service import Service
+from api.service.workers import Worker
+from api.settings import Settings
+
+
+def a_job(name: str, model: str = "a", prompt: str | None = None) -> Job:
+    request = GenerationRequest(
+        id=name, request_id=name, model=ref_of(model), pipeline="P", scheduler="S", inputs={"prompt": prompt or name},
+        pictures={}, seed=1, images=1, image_format="PNG", image_quality=95, attention="sdpa", safety_checker=True,
+        meta={},
+    )  # fmt: skip
+    return Job(request)
+
+
+def ref_of(model: str) -> ModelRef:
+    return ModelRef(model, "r", "fp32", f"/{model}")
+
+
+class Pool:
+    """A dispatcher whose workers are played by the test."""
+
+    def __init__(self, count: int = 1, slots: int = 1, **environ: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MAX_CONCURRENCY", str(slots))
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            self.settings = Settings.from_env()
+        self.dispatcher = Dispatcher(self.settings, ("cpu",) * count)
+        self.workers = self.dispatcher.workers
+        self.slots = slots
+        for worker in self.workers:
+            self.ready(worker)
+
+    def ready(self, worker: Worker) -> None:
+        worker._write = lambda data: None  # type: ignore[method-assign]
+        self.says(worker, Ready("cpu", "a CPU", {}, 2, 1, self.slots))
+
+    def says(self, worker: Worker, message: FromWorker) -> None:
+        worker._receive(message)
+        if worker._alarm:
+            worker._alarm.cancel()
+
+    def done(self, worker: Worker, job: Job, **timings: int) -> None:
+        self.says(worker, Done(job.id, GenerationResult([b""], {}, timings, 0.0)))
+
+    def submit(self, *jobs: Job) -> None:
+        for job in jobs:
+            self.dispatcher.submit(job)
+
+    def running(self) -> list[set[str]]:
+        return [set(worker.running) for worker in self.workers]
+
+
+async def until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def error_of(job: Job) -> ApiError:
+    error = job._outcome.exception()
+    assert isinstance(error, ApiError)
+    return error
+
+
+def service_of(pool: Pool) -> Service:
+    service = object.__new__(Service)
+    service.settings, service.dispatcher = pool.settings, pool.dispatcher
+    return service
+
+
+async def test_a_job_for_later_is_timed_while_it_runs_and_a_request_from_the_start() -> None:
+    pool = Pool(slots=1, REQUEST_TIMEOUT="0.4")
+    (worker,) = pool.workers
+    service, first, later, request = service_of(pool), a_job("first"), a_job("later"), a_job("request")
+    pool.submit(first, later, request)
+    ends = [asyncio.create_task(service.finish(job, from_start=job is later)) for job in (later, request)]
+    await asyncio.sleep(0.6)
+    assert (later.state, request.state) == (JobState.IN_QUEUE, JobState.TIMED_OUT)
+    pool.done(worker, first)
+    assert later.id in worker.running
+    began = later.started
+    for end in ends:
+        with pytest.raises(ApiError, match="REQUEST_TIMEOUT"):
+            await asyncio.wait_for(end, 20)
+    assert later.state == JobState.TIMED_OUT
+    assert began is not None
+    assert asyncio.get_running_loop().time() >= began + 0.4
