@@ -136,6 +136,9 @@ class Worker:
                 cancelled=lambda: link.is_cancelled(job),
                 on_preview=show if events else None,
             )
+            if "loadModel" in generated.timings:
+                link.send(Loaded(self._engine.cache.sizes()))
+            self._hand_over(request, generated)
         except Cancelled:
             link.send(Failed(job, "CANCELLED", "The job was cancelled.", {}, ""))
         except ApiError as error:
@@ -148,10 +151,6 @@ class Worker:
             log.exception("a job failed", extra={"request_id": request.request_id})
             message = f"The pipeline failed ({type(fault).__name__}); the server's log says more."
             link.send(Failed(job, "INTERNAL_ERROR", message, {}, traceback.format_exc()))
-        else:
-            if "loadModel" in generated.timings:
-                link.send(Loaded(self._engine.cache.sizes()))
-            self._hand_over(request, generated)
         finally:
             link.forget(job)
 
