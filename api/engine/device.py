@@ -20,6 +20,10 @@ _GPU_SHARE = 0.75
 _RAM_SHARE = 0.5
 """Share of the memory that resident models may take; the rest is for activations and everyone else."""
 
+_LOST = ("CUDA error", "CUDA driver error", "cuDNN error")
+_HARMLESS = ("out of memory", "CUDNN_STATUS_NOT_SUPPORTED", "CUDNN_STATUS_BAD_PARAM")
+"""What errors of a device hold, after which it can be used no more, and after which it can."""
+
 
 class Device:
     """The device that an engine owns.
@@ -79,6 +83,30 @@ class Device:
         if self.is_cuda:
             torch.cuda.empty_cache()
         release_host_memory()
+
+
+def is_fatal(fault: BaseException) -> bool:
+    """Whether the device is of no use any more to this process: after such an error every later call fails, too.
+
+    CUDA's errors are sticky: "the only way to continue is to terminate the process" (CUDA C++ Programming Guide, error
+    checking). Not fatal are a lack of memory, and what cuDNN says about one call.
+
+    Args:
+        fault: asked together with what it was raised from.
+    """
+    seen: BaseException | None = fault
+    while seen is not None:
+        if _is_lost(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _is_lost(fault: BaseException) -> bool:
+    text = str(fault)
+    if isinstance(fault, torch.OutOfMemoryError) or any(part in text for part in _HARMLESS):
+        return False
+    return isinstance(fault, torch.AcceleratorError) or any(part in text for part in _LOST)
 
 
 def release_host_memory() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from api.engine.attention import components_with
 from api.engine.cache import ModelCache
-from api.engine.device import Device
+from api.engine.device import Device, is_fatal
 from api.engine.executor import Cancelled, Executor, Ticket
 from api.engine.loader import LoadedModel, load
 from api.engine.pipelines import make_pipeline
@@ -270,7 +270,12 @@ _RARE = frozenset({"timesteps", "sigmas", "cross_attention_kwargs", "clip_skip",
 
 
 def _is_of_inputs(fault: Exception, inputs: dict[str, Any]) -> bool:
-    """Whether the client's inputs are to blame: diffusers says so, or they hold something rare."""
+    """Whether the client's inputs are to blame: diffusers says so, or they hold something rare.
+
+    A device that was lost is nobody's fault here, whatever the inputs hold: the worker has to end.
+    """
+    if is_fatal(fault):
+        return False
     if isinstance(fault, ValueError | TypeError | NotImplementedError):
         return True
     deep = isinstance(fault, LookupError | AttributeError | RuntimeError)

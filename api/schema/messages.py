@@ -13,6 +13,8 @@ import msgspec
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
 
 HEADER = struct.Struct(">I")
+DEVICE_LOST = 70
+"""Exit status of a worker whose device can be used no more; ``EX_SOFTWARE`` of sysexits.h."""
 
 
 class Load(msgspec.Struct, tag=True):

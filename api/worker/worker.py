@@ -12,9 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 
-from api.engine.device import release_host_memory
+from api.engine.device import is_fatal, release_host_memory
 from api.engine.encode import encode
 from api.engine.executor import Cancelled
 from api.engine.generate import Engine, Generated
@@ -22,6 +21,7 @@ from api.engine.parameters import parameters
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult
 from api.schema.messages import (
+    DEVICE_LOST,
     Alive,
     Computed,
     Done,
@@ -40,8 +40,6 @@ log = logging.getLogger("api.worker")
 _ENCODERS = 4
 _ALIVE = 2.0
 """Seconds between two signs of life."""
-_DEVICE_LOST = 70
-"""Exit status; ``EX_SOFTWARE`` of sysexits.h."""
 _PREVIEW = ("JPEG", 90)
 """Format and quality: what has few pixels needs all of their colours, which JPEG keeps from 90 on; and noise, which the
 first previews are full of, takes several times the bytes as PNG."""
@@ -49,10 +47,11 @@ _SMALL = 3 * 2**16
 """Bytes of pixels that are encoded sooner than they are handed to another thread."""
 
 
-def _is_fatal(fault: BaseException) -> bool:
-    """Whether the device is of no use any more to this process: after such a CUDA error every later call fails, too."""
-    text = str(fault)
-    return "CUDA error" in text and not isinstance(fault, torch.OutOfMemoryError)
+def _end_if_lost(fault: BaseException) -> None:
+    """End this process if its device is of no use any more: the service starts another one."""
+    if is_fatal(fault):
+        log.critical("the device is lost (%s): this worker ends and is replaced", fault)
+        os._exit(DEVICE_LOST)
 
 
 def _at_once(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -110,8 +109,10 @@ class Worker:
         try:
             self._engine.load(message.model)
         except ApiError as error:
+            _end_if_lost(error)
             log.error("%s: %s", error.code, error.message)
-        except Exception:
+        except Exception as fault:
+            _end_if_lost(fault)
             log.exception("%s cannot be loaded", message.model.model_id)
         self._link.send(Loaded(self._engine.cache.sizes()))
 
@@ -142,12 +143,11 @@ class Worker:
         except Cancelled:
             link.send(Failed(job, "CANCELLED", "The job was cancelled.", {}, ""))
         except ApiError as error:
+            _end_if_lost(error)
             details = {"field": error.field, "requested": error.requested, "available": error.available}
             link.send(Failed(job, error.code, error.message, details, traceback.format_exc()))
         except Exception as fault:  # the worker lives on; the client learns that it is not to blame
-            if _is_fatal(fault):
-                log.critical("the device is lost (%s): this worker ends and is replaced", fault)
-                os._exit(_DEVICE_LOST)
+            _end_if_lost(fault)
             log.exception("a job failed", extra={"request_id": request.request_id})
             message = f"The pipeline failed ({type(fault).__name__}); the server's log says more."
             link.send(Failed(job, "INTERNAL_ERROR", message, {}, traceback.format_exc()))

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from api.engine.executor import Executor
-from api.engine.generate import Generated
+from api.engine.generate import Generated, _is_of_inputs
+from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef
-from api.schema.messages import Computed, Done, Failed, FromWorker
-from api.worker import worker as workers
+from api.schema.messages import Computed, Done, Failed, FromWorker, Load
 from api.worker.worker import Worker
 
 REF = ModelRef("m", "r", "fp32", "/m")
@@ -77,7 +78,7 @@ class Inside:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.link, self.engine = FakeLink(), FakeEngine()
         self.exits: list[int] = []
-        monkeypatch.setattr(workers.os, "_exit", self._exit)
+        monkeypatch.setattr("os._exit", self._exit)
         self.worker = Worker(self.link, self.engine, 2, 1)  # type: ignore[arg-type]
 
     def _exit(self, status: int) -> None:
@@ -126,3 +127,45 @@ def test_an_encoder_that_cannot_be_started_ends_the_job(inside: Inside, monkeypa
     monkeypatch.setattr(inside.worker._encoders, "submit", lambda *_: raises(RuntimeError("can't start new thread"))())
     inside.run(512)
     assert [failed.code for failed in inside.link.of(Failed)] == ["INTERNAL_ERROR"]
+
+
+def chained(outer: Exception, inner: Exception) -> Exception:
+    outer.__cause__ = inner
+    return outer
+
+
+LOST = [
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA driver error: unspecified launch failure"),
+    torch.AcceleratorError("an illegal memory access was encountered"),
+    chained(ApiError("MODEL_BROKEN", "cannot be loaded"), RuntimeError("CUDA error: unknown error")),
+]
+KEPT = [
+    RuntimeError("shapes cannot be multiplied"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    ApiError("PIPELINE_ERROR", "no"),
+]
+
+
+@pytest.mark.parametrize(("fault", "ends"), [*((f, True) for f in LOST), *((f, False) for f in KEPT)], ids=repr)
+@pytest.mark.parametrize("where", ["generating", "loading", "measuring"])
+def test_a_worker_whose_device_is_lost_ends_wherever_that_is_seen(
+    inside: Inside, where: str, fault: Exception, ends: bool
+) -> None:
+    setattr(inside.engine, where, raises(fault))
+    try:
+        inside.worker.warm(Load(REF)) if where == "loading" else inside.run()
+    except SystemExit:
+        assert ends
+    assert inside.exits == ([70] if ends else [])
+    if not ends and where != "loading":
+        assert inside.link.of(Failed)
+
+
+@pytest.mark.parametrize("fault", LOST, ids=repr)
+def test_rare_inputs_are_not_blamed_for_a_lost_device(fault: Exception) -> None:
+    assert not _is_of_inputs(fault, {"clip_skip": 1})
+    assert _is_of_inputs(RuntimeError("shapes"), {"clip_skip": 1})
