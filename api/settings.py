@@ -226,7 +226,10 @@ class Settings:
     )
     fetch_timeout: float = _variable("FETCH_TIMEOUT", "20", _seconds, "seconds an image URL may take")
     watchdog_timeout: float = _variable(
-        "WATCHDOG_TIMEOUT", "900", _seconds, "seconds after which a device that is still at one call is taken for hung"
+        "WATCHDOG_TIMEOUT",
+        "900",
+        _seconds,
+        "seconds after which a worker that makes no progress (one module call, one model, its start) is taken for hung",
     )
     drain_timeout: float = _variable("DRAIN_TIMEOUT", "30", _seconds, "seconds that running jobs get at SIGTERM")
     allow_private_urls: bool = _variable(

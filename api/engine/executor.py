@@ -196,6 +196,13 @@ class Executor:
             self._changed.notify_all()
         return self._await(call)
 
+    @property
+    def astray(self) -> float | None:
+        """When the job that is longest between two calls made its last (``time.monotonic``); None if there is none."""
+        with self._changed:
+            between = [ticket.resumed for ticket in self._tickets if ticket.resumed and not ticket.parked]
+        return min(between, default=None)
+
     def close(self) -> None:
         """End the thread; what waits is cancelled."""
         with self._changed:

@@ -59,9 +59,14 @@ class Loaded(msgspec.Struct, tag=True):
 
 
 class Alive(msgspec.Struct, tag=True):
-    """The worker still answers; ``busy`` seconds ago its device began what it is doing, 0 when it does nothing."""
+    """The worker still answers.
 
-    busy: float
+    Attributes:
+        stalled: seconds since what should move has moved: the call that the device makes now began, a job that is
+            between two calls made its last, or anything happened at all; 0 when there is nothing to do.
+    """
+
+    stalled: float
 
 
 class Phase(msgspec.Struct, tag=True):

@@ -56,7 +56,8 @@ class Worker:
 
     Args:
         device: e.g. ``cuda:0`` or ``cpu``.
-        patience: seconds that its device may be at one call, and that it may be silent at most, before it is killed.
+        patience: seconds that it may make no progress, and that it may be silent at most, before it is killed; a start
+            is silent until torch is imported.
         on_message: called with every message about a job.
         on_state: called when the worker becomes ready or dies; ``worker.ready`` says which.
 
@@ -113,6 +114,8 @@ class Worker:
     async def stop(self) -> None:
         """End the process: its socket closes, and it is killed if that does not do."""
         self._stopping = True
+        if self._alarm:
+            self._alarm.cancel()
         if self._writer:
             self._writer.close()
         if self._process and self._process.returncode is None:
@@ -171,12 +174,12 @@ class Worker:
             self.restarts += 1
             await asyncio.sleep(min(0.1 * 2**failed_starts, _LONGEST_PAUSE) if failed_starts else 0)
 
-    def _heard(self, busy: float) -> None:
-        """It gave a sign of life."""
+    def _heard(self, stalled: float) -> None:
+        """It was started, or gave a sign of life."""
         if self._alarm:
             self._alarm.cancel()
-        if busy > self._patience:
-            self._hung(f"has been at one call for {busy:.0f} s")
+        if stalled > self._patience:
+            self._hung(f"makes no progress for {stalled:.0f} s")
         else:
             self._alarm = asyncio.get_running_loop().call_later(self._patience, self._hung, "says nothing any more")
 
@@ -213,6 +216,7 @@ class Worker:
                 stdin=asyncio.subprocess.DEVNULL,
             )
         self._process, self._writer = process, None
+        self._heard(0.0)
         reader, self._writer = await asyncio.open_connection(sock=ours)
         for message in self._warm:
             self.send(message)
@@ -244,6 +248,6 @@ class Worker:
         elif isinstance(message, Loaded):
             self.models = message.models
         elif isinstance(message, Alive):
-            self._heard(message.busy)
+            self._heard(message.stalled)
         else:
             self._on_message(self, message)

@@ -50,6 +50,7 @@ def main() -> None:
     engine = Engine(device)
     init_ms = round((time.perf_counter() - began) * 1000)
     worker = Worker(link, engine, settings.max_concurrency, init_ms)
+    worker.tell_alive()
     while not link.inbox.empty():
         first = link.inbox.get()
         assert isinstance(first, Load)  # the service sends nothing else before it hears Ready

@@ -35,6 +35,7 @@ from api.schema.messages import (
     Progress,
 )
 from api.worker.link import Link
+from api.worker.pulse import Pulse
 
 log = logging.getLogger("api.worker")
 _ENCODERS = 4
@@ -78,26 +79,30 @@ class Worker:
         self._link = link
         self._engine = engine
         self._init_ms: int | None = init_ms
+        self._pulse = Pulse(engine.executor)
         self._jobs = ThreadPoolExecutor(slots, thread_name_prefix="job")
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
 
+    def tell_alive(self) -> None:
+        """Give signs of life from now on, in a thread."""
+        threading.Thread(target=self._tell_alive, name="alive", daemon=True).start()
+
     def serve(self) -> None:
         """Take messages until the process ends."""
-        threading.Thread(target=self._tell_alive, name="alive", daemon=True).start()
         while True:
             message = self._link.inbox.get()
             if isinstance(message, Load):
                 self._jobs.submit(self.warm, message)
             elif isinstance(message, Generate):
-                self._jobs.submit(self._generate, message.request, message.events)
+                self._jobs.submit(self._run, message.request, message.events)
             else:
                 self._engine.executor.wake()
 
     def _tell_alive(self) -> None:
         released = before = 0
         while True:
-            since, runs = self._engine.executor.since, self._engine.executor.runs
-            self._link.send(Alive(time.monotonic() - since if since else 0.0))
+            runs = self._engine.executor.runs
+            self._link.send(Alive(self._pulse.stalled()))
             if released != runs == before:  # nothing ran for a while, and something did before
                 release_host_memory()
                 released = runs
@@ -107,7 +112,8 @@ class Worker:
     def warm(self, message: Load) -> None:
         """Load a model ahead of any request; a fault is logged, and told again to who asks for it."""
         try:
-            self._engine.load(message.model)
+            with self._pulse.working():
+                self._engine.load(message.model)
         except ApiError as error:
             _end_if_lost(error)
             log.error("%s: %s", error.code, error.message)
@@ -115,6 +121,10 @@ class Worker:
             _end_if_lost(fault)
             log.exception("%s cannot be loaded", message.model.model_id)
         self._link.send(Loaded(self._engine.cache.sizes()))
+
+    def _run(self, request: GenerationRequest, events: bool) -> None:
+        with self._pulse.working():
+            self._generate(request, events)
 
     def _generate(self, request: GenerationRequest, events: bool) -> None:
         link, job = self._link, request.id

@@ -108,6 +108,31 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(monkeypatch: pyte
     await watched.worker.stop()
 
 
+async def test_a_worker_that_hangs_before_it_is_ready_is_killed_and_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = started_as("import time; time.sleep(60)", monkeypatch)
+    watched = Watched(patience=0.5)
+    watched.worker.start()
+    await until(lambda: len(started) >= 2)
+    assert started[0].returncode == -9
+    assert True not in watched.states
+    await watched.worker.stop()
+
+
+async def test_a_start_that_takes_long_and_says_so_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from api.schema.messages import Alive, frame
+
+    alive = frame(Alive(0.1))
+    code = f"import socket,sys,time; s=socket.socket(fileno=int(sys.argv[1]))\nwhile 1: s.sendall({alive!r}); time.sleep(.1)"
+    started = started_as(code, monkeypatch)
+    watched = Watched(patience=1.0)
+    watched.worker.start()
+    await asyncio.sleep(2.5)
+    assert len(started) == 1
+    await watched.worker.stop()
+
+
 async def test_a_worker_that_gives_signs_of_life_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from api.schema.messages import Alive, Ready, frame
 
