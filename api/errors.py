@@ -45,7 +45,7 @@ CODES: dict[str, tuple[int, str]] = {
     "INTERNAL_ERROR": (500, "A fault of the server; the log has the request id."),
     "SOURCE_UNREACHABLE": (502, "An image or a model could not be fetched from where it lies."),
     "NOT_READY": (503, "No worker can run jobs at the moment."),
-    "WORKER_DIED": (503, "The worker died twice while it ran this job and others; try again."),
+    "WORKER_DIED": (503, "The server died three times while it ran this job for later."),
     "JOB_KILLED_WORKER": (422, "The worker died while it ran this job alone; it is not tried again for a while."),
     "TIMED_OUT": (504, "The request took longer than REQUEST_TIMEOUT."),
     "SOURCE_DENIED": (422, "The source of a model asks for a key, or the key may not read it."),

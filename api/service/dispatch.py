@@ -11,15 +11,13 @@ from collections import deque
 from api.errors import ApiError
 from api.schema.generation import ModelRef
 from api.schema.messages import AboutJob, Cancel, Computed, Done, Failed, Load
+from api.service.blame import Blame
 from api.service.jobs import Job
 from api.service.workers import Worker
 from api.settings import Settings
 
 log = logging.getLogger("api.dispatch")
 
-MAX_TRIES = 2
-_REMEMBER = 600.0
-"""Seconds for which a request that killed a worker is refused."""
 _FIRST_GUESS = 2.0
 """Seconds a job is thought to take before any has been measured."""
 
@@ -28,7 +26,7 @@ class Dispatcher:
     """Feeds the workers.
 
     A job goes to a worker with a free slot that has its model in memory, else to any with a free slot. When a worker
-    dies, each job that it ran is tried once more, alone.
+    dies, ``Blame`` says what becomes of the jobs that it ran.
 
     Args:
         settings: the size of the queue, timeouts.
@@ -50,7 +48,7 @@ class Dispatcher:
             Worker(device, settings.watchdog_timeout, self._on_message, self._on_state) for device in devices
         ]
         self._seconds = _FIRST_GUESS
-        self._killers: dict[str, float] = {}
+        self._blame = Blame()
         self.draining = False
 
     def start(self) -> None:
@@ -121,21 +119,14 @@ class Dispatcher:
         """Put a job in line.
 
         Raises:
-            ApiError: QUEUE_FULL, NOT_READY.
+            ApiError: QUEUE_FULL, NOT_READY, JOB_KILLED_WORKER.
         """
         self.check_room()
-        self._check_harmless(job)
+        if error := self._blame.refusal(job):
+            raise error
         self._jobs[job.id] = job
         self._queue.append(job)
         self._feed()
-
-    def _check_harmless(self, job: Job) -> None:
-        """Refuse what killed a worker not long ago."""
-        now = time.monotonic()
-        self._killers = {print_: since for print_, since in self._killers.items() if now - since < _REMEMBER}
-        if self._killers and job.fingerprint in self._killers:
-            message = "The same request killed a worker, running alone, within the last ten minutes."
-            raise ApiError("JOB_KILLED_WORKER", message, retry_after=math.ceil(_REMEMBER))
 
     def cancel(self, job: Job, error: ApiError) -> None:
         """End a job wherever it is; one that runs stops at its next step."""
@@ -150,7 +141,7 @@ class Dispatcher:
             if not free:
                 return
             if job.alone:
-                free = [worker for worker in free if not worker.running]
+                free = [worker for worker in free if not worker.running and not worker.encoding]
                 if not free:
                     # it stands first in line: others wait, or it would never find a worker empty
                     return
@@ -196,24 +187,21 @@ class Dispatcher:
         if not worker.ready:
             ran, encoded = worker.running, worker.encoding
             worker.running, worker.encoding = set(), set()
-            for job in [self._jobs[job_id] for job_id in encoded | ran if job_id in self._jobs]:
-                self._try_again(job, ran == {job.id})
+            self._judge([self._jobs[job_id] for job_id in encoded | ran if job_id in self._jobs], worker.crashed)
         if self.state == "DEFUNCT":
             for job in list(self._jobs.values()):
                 self._finish(job, ApiError("NOT_READY", "The workers do not start; the server's log says why."))
         self._feed()
 
-    def _try_again(self, job: Job, was_alone: bool) -> None:
-        about = {"request_id": job.request.request_id}
-        if job.tries < MAX_TRIES:
-            log.warning("its worker died; the job is tried once more, alone", extra=about)
-            job.requeue()
-            job.alone = True
-            self._queue.appendleft(job)
-        elif job.alone and was_alone:
-            log.error("the job killed a worker, running alone; it is refused for a while", extra=about)
-            self._killers[job.fingerprint] = time.monotonic()
-            message = "The worker died while it ran this request alone. It is not tried again for ten minutes."
-            self._finish(job, ApiError("JOB_KILLED_WORKER", message))
-        else:
-            self._finish(job, ApiError("WORKER_DIED", "The worker died twice while it ran this request."))
+    def _judge(self, jobs: list[Job], crashed: bool) -> None:
+        """Have the jobs of a worker that died run once more, first in line and in their order, or end them."""
+        for job in sorted(jobs, key=lambda job: job.created, reverse=True):
+            if error := self._blame.verdict(job, crashed=crashed):
+                self._finish(job, error)
+            else:
+                job.requeue()
+                job.alone = True
+                self._queue.appendleft(job)
+        for job in list(self._queue):
+            if error := self._blame.refusal(job):  # the same as the one that was to blame
+                self._finish(job, error)

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from functools import cached_property
 
 import msgspec
 
@@ -49,6 +50,7 @@ class Job:
     Attributes:
         framed: the message that gives it to a worker.
         alone: a worker died under it: it runs by itself from now on, so that a second death has one cause.
+        lone_deaths: workers that died while it ran by itself.
 
     Raises:
         ApiError: INVALID_INPUTS when an input cannot be handed to a worker.
@@ -64,8 +66,8 @@ class Job:
         self._timings = timings or {}
         self.framed = _frame(request, events=on_event is not None)
         self.state = JobState.IN_QUEUE
-        self.tries = 0
         self.alone = False
+        self.lone_deaths = 0
         self.created = time.monotonic()
         self.started: float | None = None
         self._on_event = on_event
@@ -76,7 +78,7 @@ class Job:
         """The request's id."""
         return self.request.id
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The same for two jobs that ask for the same."""
         request = self.request
@@ -92,7 +94,6 @@ class Job:
     def start(self) -> None:
         """A worker begins with it, for the first time or once more."""
         self.state = JobState.IN_PROGRESS
-        self.tries += 1
         self.started = time.monotonic()
 
     def requeue(self) -> None:

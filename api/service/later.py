@@ -279,10 +279,9 @@ class Later:
             outcome = ApiError("INTERNAL_ERROR", "Something went wrong in the server; its log has the request id.")
         if isinstance(outcome, ApiError):
             stopped = self._closing and outcome.code == "CANCELLED"  # while its model was fetched
-            again = outcome.code == "WORKER_DIED" and turn.tries < MAX_TRIES
-            if stopped or again or outcome.code in _NOT_ITS_FAULT:
+            if stopped or outcome.code in _NOT_ITS_FAULT:
                 self._not_before = time.monotonic() + _PAUSE
-                if await self.ledger.give_back(turn.id, counts=again):
+                if await self.ledger.give_back(turn.id, counts=False):
                     self._count(1)
                 return
             log.warning("job failed: %s %s", outcome.code, outcome.message, extra=about)

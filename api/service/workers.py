@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 
 from api.schema.messages import (
+    DEVICE_LOST,
     HEADER,
     AboutJob,
     Alive,
@@ -47,6 +48,8 @@ instead of 4,000 and more, and takes a third of the time in the kernel. An idle 
 """
 _MAX_FAILED_STARTS = 5
 """After so many deaths in a row before it was ready, a worker is DEFUNCT until a start succeeds."""
+_FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+"""What a process dies of by itself."""
 _LONGEST_PAUSE = 30.0
 """Seconds between two starts, at most."""
 
@@ -63,8 +66,10 @@ class Worker:
 
     Attributes:
         running: ids of the jobs that share the device.
-        alone: the one job that runs has the worker for itself.
+        alone: the one job that runs has the worker for itself, until its images are encoded.
         encoding: ids of jobs whose images are being encoded, beside the device's work.
+        crashed: its last death points at what it ran: it hung, its device was lost, or it had a fault. One that
+            somebody else killed, such as the kernel for want of memory, does not.
         defunct: it does not start; tried again now and then.
     """
 
@@ -84,6 +89,7 @@ class Worker:
         self.running: set[str] = set()
         self.alone = False
         self.encoding: set[str] = set()
+        self.crashed = False
         self._warm: list[Load] = []
         self._patience = patience
         self._alarm: asyncio.TimerHandle | None = None
@@ -103,7 +109,7 @@ class Worker:
     @property
     def free(self) -> int:
         """How many more jobs it can take now."""
-        if not self.ready or self.info is None or (self.alone and self.running):
+        if not self.ready or self.info is None or (self.alone and (self.running or self.encoding)):
             return 0
         return self.info.slots - len(self.running)
 
@@ -162,6 +168,7 @@ class Worker:
                 await self._run_once()
             except Exception:  # no descriptors, no memory, a message that cannot be read: try again
                 log.exception("worker %s cannot be run", self.device)
+                self.crashed = True
                 await self._kill()
                 self._ended()
             if self._stopping:
@@ -185,6 +192,7 @@ class Worker:
 
     def _hung(self, how: str) -> None:
         log.error("worker %s %s: it is killed and started again", self.device, how)
+        self.crashed = True
         if self._process and self._process.returncode is None:
             self._process.kill()
 
@@ -215,7 +223,7 @@ class Worker:
                 env={**PREFERENCES, **os.environ, **_ENVIRONMENT},
                 stdin=asyncio.subprocess.DEVNULL,
             )
-        self._process, self._writer = process, None
+        self._process, self._writer, self.crashed = process, None, False
         self._heard(0.0)
         reader, self._writer = await asyncio.open_connection(sock=ours)
         for message in self._warm:
@@ -226,6 +234,7 @@ class Worker:
         if not self._stopping:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             log.error("worker %s (pid %d) ended: %s", self.device, process.pid, how)
+            self.crashed = self.crashed or code == DEVICE_LOST or -code in _FAULTS
             self._ended()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:

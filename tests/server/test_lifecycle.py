@@ -85,13 +85,16 @@ def test_a_worker_that_dies_is_replaced_and_its_job_is_done_all_the_same(fresh: 
     assert fresh.client.get("/health/ready").json()["workers"][0]["restarts"] == 1
 
 
-def test_a_job_whose_worker_dies_twice_is_failed_not_retried_for_ever(fresh: Server) -> None:
+@pytest.mark.parametrize(("how", "deaths"), [(signal.SIGSEGV, 2), (signal.SIGKILL, 3)])
+def test_a_job_whose_worker_dies_again_and_again_is_failed_not_retried_for_ever(
+    fresh: Server, how: signal.Signals, deaths: int
+) -> None:
     fresh.wait_ready()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         job = pool.submit(fresh.post, LONG)
-        for _ in range(2):
+        for _ in range(deaths):
             wait_busy(fresh)
-            os.kill(fresh.worker_pids()[0], signal.SIGKILL)
+            os.kill(fresh.worker_pids()[0], how)
             fresh_restarts = time.monotonic() + 30
             while fresh.client.get("/health/ready").status_code == 200 and time.monotonic() < fresh_restarts:
                 time.sleep(0.02)

@@ -10,7 +10,8 @@ import pytest
 
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
-from api.schema.messages import Done, FromWorker, Ready
+from api.schema.messages import Computed, Done, FromWorker, Ready
+from api.service.blame import Blame
 from api.service.dispatch import Dispatcher
 from api.service.jobs import Job, JobState
 from api.service.service import Service
@@ -58,6 +59,13 @@ class Pool:
     def done(self, worker: Worker, job: Job, **timings: int) -> None:
         self.says(worker, Done(job.id, GenerationResult([b""], {}, timings, 0.0)))
 
+    def dies(self, worker: Worker, *, crashed: bool = False) -> None:
+        """It dies, and comes back."""
+        worker.crashed = crashed
+        worker._writer = None
+        worker._ended()
+        self.ready(worker)
+
     def submit(self, *jobs: Job) -> None:
         for job in jobs:
             self.dispatcher.submit(job)
@@ -101,3 +109,89 @@ async def test_a_job_for_later_is_timed_while_it_runs_and_a_request_from_the_sta
     assert later.state == JobState.TIMED_OUT
     assert began is not None
     assert asyncio.get_running_loop().time() >= began + 0.4
+
+
+async def test_jobs_of_a_worker_that_died_run_alone_in_their_old_order() -> None:
+    pool = Pool(slots=4)
+    (worker,) = pool.workers
+    jobs = [a_job(str(number)) for number in range(6)]
+    pool.submit(*jobs)
+    pool.dies(worker)
+    for job in jobs[:4]:
+        assert worker.running == {job.id}
+        pool.says(worker, Computed(job.id))
+        assert not worker.running  # nobody beside it until it is over
+        pool.done(worker, job)
+        assert job.state == JobState.COMPLETED
+    assert worker.running == {"4", "5"}
+
+
+@pytest.mark.parametrize(("crashed", "deaths"), [(True, 2), (False, 3)])
+async def test_a_crash_alone_is_blamed_at_once_and_a_kill_from_outside_gets_one_more_try(
+    crashed: bool, deaths: int
+) -> None:
+    pool = Pool(slots=4)
+    (worker,) = pool.workers
+    killer, other, copies = a_job("killer", prompt="x"), a_job("other"), [a_job(f"copy {n}", prompt="x") for n in "ab"]
+    pool.submit(killer, other, *copies)
+    for death in range(deaths):
+        assert killer.state == JobState.IN_PROGRESS, death
+        pool.dies(worker, crashed=crashed)
+    for job in (killer, *copies):  # the copies need not kill it as often again
+        assert (job.state, error_of(job).code) == (JobState.FAILED, "JOB_KILLED_WORKER")
+    assert worker.running == {"other"}
+    pool.done(worker, other)
+    assert other.state == JobState.COMPLETED
+    with pytest.raises(ApiError) as refused:
+        pool.submit(a_job("again", prompt="x"))
+    assert refused.value.code == "JOB_KILLED_WORKER"
+
+
+async def test_who_is_only_being_encoded_is_not_blamed_for_the_next_ones_death() -> None:
+    pool = Pool(slots=4)
+    (worker,) = pool.workers
+    innocent, killer = a_job("innocent"), a_job("killer")
+    pool.submit(innocent)
+    pool.says(worker, Computed("innocent"))
+    pool.submit(killer)
+    pool.dies(worker, crashed=True)
+    assert worker.running == {"innocent"}
+    assert innocent.lone_deaths == 0
+    pool.says(worker, Computed("innocent"))
+    assert not worker.running
+    pool.done(worker, innocent)
+    assert worker.running == {"killer"}
+    pool.dies(worker, crashed=True)
+    assert (innocent.state, error_of(killer).code) == (JobState.COMPLETED, "JOB_KILLED_WORKER")
+
+
+async def test_a_lone_job_waits_until_nothing_is_encoded() -> None:
+    pool = Pool(slots=4)
+    (worker,) = pool.workers
+    first, lone = a_job("first"), a_job("lone")
+    pool.submit(first)
+    pool.says(worker, Computed("first"))
+    lone.alone = True
+    pool.submit(lone)
+    assert not worker.running
+    pool.done(worker, first)
+    assert worker.running == {"lone"}
+
+
+def test_a_refusal_says_how_long_it_lasts() -> None:
+    now = 100.0
+
+    async def judged() -> tuple[Blame, Job]:
+        job = a_job("x")
+        job.alone = True
+        return Blame(lambda: now), job
+
+    blame, job = asyncio.run(judged())
+    assert blame.refusal(job) is None
+    assert (error := blame.verdict(job, crashed=True))
+    assert error.retry_after == 600
+    now = 250.5
+    assert (error := blame.refusal(job))
+    assert error.retry_after == 450
+    now = 701.0
+    assert blame.refusal(job) is None

@@ -145,3 +145,29 @@ async def test_a_worker_that_gives_signs_of_life_is_left_alone(monkeypatch: pyte
     assert len(started) == 1
     assert watched.worker.ready
     await watched.worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("end", "crashed"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", True),
+        ("os.abort()", True),
+        ("os._exit(70)", True),
+        ("time.sleep(60)", True),  # and is killed for it
+        ("os.kill(os.getpid(), signal.SIGKILL)", False),
+        ("os._exit(1)", False),
+    ],
+)
+async def test_what_a_worker_died_of(monkeypatch: pytest.MonkeyPatch, end: str, crashed: bool) -> None:
+    from api.schema.messages import Ready, frame
+
+    ready = frame(Ready("cpu", "a CPU", {}, 2, 1, 2))
+    code = f"import os,signal,socket,sys,time; socket.socket(fileno=int(sys.argv[1])).sendall({ready!r}); {end}"
+    started_as(code, monkeypatch)
+    deaths: list[bool] = []
+    watched = Watched(patience=2.0)
+    watched.worker._on_state = lambda worker: None if worker.ready else deaths.append(worker.crashed)
+    watched.worker.start()
+    await until(lambda: deaths)
+    assert deaths[0] is crashed
+    await watched.worker.stop()
