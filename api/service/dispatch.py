@@ -6,13 +6,14 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 
 from api.errors import ApiError
 from api.schema.generation import ModelRef
 from api.schema.messages import AboutJob, Cancel, Computed, Done, Failed, Load
 from api.service.blame import Blame
 from api.service.jobs import Job
+from api.service.placing import Placing
 from api.service.workers import Worker
 from api.settings import Settings
 
@@ -25,7 +26,8 @@ _FIRST_GUESS = 2.0
 class Dispatcher:
     """Feeds the workers.
 
-    A job goes to a worker with a free slot that has its model in memory, else to any with a free slot. When a worker
+    A job goes to a worker with a free slot that has its model in memory, or will have it, since it was given a job of
+    it. Where these are full, ``Placing`` says for how long it waits for one before it goes to any other. When a worker
     dies, ``Blame`` says what becomes of the jobs that it ran.
 
     Args:
@@ -49,6 +51,8 @@ class Dispatcher:
         ]
         self._seconds = _FIRST_GUESS
         self._blame = Blame()
+        self._placing = Placing()
+        self._look_again: asyncio.TimerHandle | None = None
         self.draining = False
 
     def start(self) -> None:
@@ -136,6 +140,9 @@ class Dispatcher:
         self._finish(job, error)
 
     def _feed(self) -> None:
+        if self._look_again:
+            self._look_again.cancel()
+        held, soonest = Counter[str](), math.inf
         for job in list(self._queue):
             free = [worker for worker in self.workers if worker.free]
             if not free:
@@ -146,11 +153,31 @@ class Dispatcher:
                     # it stands first in line: others wait, or it would never find a worker empty
                     return
             key = job.request.model.key
-            worker = max(free, key=lambda w: (key in w.models, w.free))
+            warm = [worker for worker in self.workers if self._is_warm(worker, key)]
+            best = [worker for worker in free if worker in warm]
+            if warm and not best and not job.alone:
+                slots = sum(worker.info.slots for worker in warm if worker.info)
+                wait = self._placing.wait(job, (held[key] + 1) * self._seconds / slots)
+                if wait > 0:
+                    held[key] += 1
+                    soonest = min(soonest, wait)
+                    continue
             self._queue.remove(job)
-            job.start()
-            worker.alone = job.alone
-            worker.run(job.id, job.framed)
+            self._give(job, max(best or free, key=lambda worker: worker.free))
+        if soonest < math.inf:
+            self._look_again = asyncio.get_running_loop().call_later(soonest, self._feed)
+
+    def _is_warm(self, worker: Worker, key: str) -> bool:
+        """Whether a worker has a model in memory, or is about to: then others of a burst need not load it elsewhere."""
+        if not worker.ready:
+            return False
+        jobs = (self._jobs.get(job_id) for job_id in worker.running)
+        return key in worker.models or any(job and job.request.model.key == key for job in jobs)
+
+    def _give(self, job: Job, worker: Worker) -> None:
+        job.start()
+        worker.alone = job.alone
+        worker.run(job.id, job.framed)
 
     def _finish(self, job: Job, error: ApiError) -> None:
         job.fail(error)
@@ -175,6 +202,8 @@ class Dispatcher:
             self._seconds += 0.2 * (time.monotonic() - (job.started or job.created) - self._seconds)
             del self._jobs[job.id]
             if isinstance(message, Done):
+                if (took := message.result.timings.get("loadModel")) is not None:
+                    self._placing.note(job.request.model.key, took / 1000)
                 job.complete(message.result)
             else:
                 about = {"request_id": job.request.request_id}

@@ -51,6 +51,7 @@ class Job:
         framed: the message that gives it to a worker.
         alone: a worker died under it: it runs by itself from now on, so that a second death has one cause.
         lone_deaths: workers that died while it ran by itself.
+        held: when it began to wait for a worker that has its model, though another one was free.
 
     Raises:
         ApiError: INVALID_INPUTS when an input cannot be handed to a worker.
@@ -68,6 +69,7 @@ class Job:
         self.state = JobState.IN_QUEUE
         self.alone = False
         self.lone_deaths = 0
+        self.held: float | None = None
         self.created = time.monotonic()
         self.started: float | None = None
         self._on_event = on_event

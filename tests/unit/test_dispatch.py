@@ -10,7 +10,7 @@ import pytest
 
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
-from api.schema.messages import Computed, Done, FromWorker, Ready
+from api.schema.messages import Computed, Done, FromWorker, Loaded, Ready
 from api.service.blame import Blame
 from api.service.dispatch import Dispatcher
 from api.service.jobs import Job, JobState
@@ -195,3 +195,86 @@ def test_a_refusal_says_how_long_it_lasts() -> None:
     assert error.retry_after == 450
     now = 701.0
     assert blame.refusal(job) is None
+
+
+def has(pool: Pool, worker: Worker, *models: str) -> None:
+    pool.says(worker, Loaded({ref_of(model).key: 1 for model in models}))
+
+
+def looks(pool: Pool, *, after: float) -> None:
+    """The time comes at which the line is looked at once more."""
+    assert pool.dispatcher._look_again
+    began = pool.dispatcher._placing._clock()
+    pool.dispatcher._placing._clock = lambda: began + after
+    pool.dispatcher._feed()
+
+
+async def test_a_job_waits_for_the_worker_that_has_its_model_and_others_go_on() -> None:
+    pool = Pool(count=2)
+    warm, cold = pool.workers
+    has(pool, warm, "a")
+    first, second, other = a_job("first"), a_job("second"), a_job("other", "b")
+    pool.submit(first, second, other)
+    assert pool.running() == [{"first"}, {"other"}]
+    assert second.state == JobState.IN_QUEUE
+    pool.done(cold, other)
+    assert pool.running() == [{"first"}, set()]
+    pool.done(warm, first)
+    assert pool.running() == [{"second"}, set()]
+
+
+async def test_it_waits_no_longer_than_its_model_takes_to_load() -> None:
+    pool = Pool(count=2)
+    warm = pool.workers[0]
+    pool.submit(a_job("measured"))
+    pool.done(warm, pool.dispatcher._jobs["measured"], loadModel=4000)
+    has(pool, warm, "a")
+    pool.submit(a_job("first"), a_job("second"))
+    looks(pool, after=3.9)
+    assert pool.running() == [{"first"}, set()]
+    looks(pool, after=0.2)
+    assert pool.running() == [{"first"}, {"second"}]
+
+
+async def test_the_line_is_looked_at_again_by_itself() -> None:
+    pool = Pool(count=2)
+    pool.dispatcher._seconds = 0.01
+    has(pool, pool.workers[0], "a")
+    pool.dispatcher._placing.note(ref_of("a").key, 0.2)
+    pool.submit(a_job("first"), a_job("second"))
+    assert pool.running() == [{"first"}, set()]
+    await until(lambda: pool.running() == [{"first"}, {"second"}])
+
+
+async def test_where_loading_is_quicker_than_waiting_nobody_waits() -> None:
+    pool = Pool(count=2)
+    has(pool, pool.workers[0], "a")
+    pool.dispatcher._placing.note(ref_of("a").key, 1.0)  # a job takes two
+    pool.submit(a_job("first"), a_job("second"))
+    assert pool.running() == [{"first"}, {"second"}]
+
+
+async def test_of_a_long_line_some_go_where_the_model_has_to_be_loaded() -> None:
+    pool = Pool(count=2)
+    has(pool, pool.workers[0], "a")
+    pool.dispatcher._placing.note(ref_of("a").key, 5.0)
+    pool.submit(*(a_job(str(number)) for number in range(5)))
+    # of those behind the first, two have their turn within five seconds, the next has not
+    assert pool.running() == [{"0"}, {"3"}]
+
+
+async def test_a_burst_for_a_cold_model_loads_it_once() -> None:
+    pool = Pool(count=3, slots=2)
+    pool.submit(*(a_job(str(number)) for number in range(4)), a_job("other", "b"))
+    loading = next(worker for worker in pool.workers if "0" in worker.running)
+    assert loading.running == {"0", "1"}
+    assert sorted(len(worker.running) for worker in pool.workers) == [0, 1, 2]
+    pool.dies(loading)  # nobody has the model then: nobody is waited for
+    assert sum(len(worker.running) for worker in pool.workers) == 3
+
+
+async def test_with_one_worker_nobody_waits() -> None:
+    pool = Pool(slots=2)
+    has(pool, pool.workers[0], "b")
+    pool.submit(a_job("first"), a_job("second", "b"))
+    assert pool.running() == [{"first", "second"}]
