@@ -21,6 +21,8 @@ log = logging.getLogger("api.dispatch")
 
 _FIRST_GUESS = 2.0
 """Seconds a job is thought to take before any has been measured."""
+_WEIGHT = 0.2
+"""Of the last job in the mean."""
 
 
 class Dispatcher:
@@ -113,8 +115,8 @@ class Dispatcher:
             raise ApiError("NOT_READY", "The workers do not start; the server's log says why.")
         waiting = len(self._queue) + self.expected
         if waiting >= self._settings.max_queue:
-            # what a job takes was measured beside as many others as a worker has slots
-            slots = sum(worker.info.slots if worker.info else 1 for worker in self.workers)
+            # Little's law: the slots are full, and what a job holds its slot for was measured beside as many others
+            slots = self._settings.max_concurrency * sum(not worker.defunct for worker in self.workers)
             wait = max(1, math.ceil(waiting * self._seconds / max(1, slots)))
             message = f"{waiting} requests are waiting, as many as MAX_QUEUE allows."
             raise ApiError("QUEUE_FULL", message, retry_after=wait)
@@ -187,6 +189,9 @@ class Dispatcher:
 
     def _on_message(self, worker: Worker, message: AboutJob) -> None:
         job = self._jobs.get(message.id)
+        if job and job.id in worker.running and isinstance(message, Computed | Done | Failed):
+            # the slot is free; what encoding takes beyond it keeps nobody waiting
+            self._seconds += _WEIGHT * (time.monotonic() - (job.started or job.created) - self._seconds)
         if isinstance(message, Computed):
             worker.running.discard(message.id)
             worker.encoding.add(message.id)
@@ -199,7 +204,6 @@ class Dispatcher:
         worker.encoding.discard(message.id)
         worker.running.discard(message.id)
         if job:
-            self._seconds += 0.2 * (time.monotonic() - (job.started or job.created) - self._seconds)
             del self._jobs[job.id]
             if isinstance(message, Done):
                 if (took := message.result.timings.get("loadModel")) is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
-from api.schema.messages import Computed, Done, FromWorker, Loaded, Ready
+from api.schema.messages import Computed, Done, Failed, FromWorker, Loaded, Ready
 from api.service.blame import Blame
 from api.service.dispatch import Dispatcher
 from api.service.jobs import Job, JobState
@@ -278,3 +278,36 @@ async def test_with_one_worker_nobody_waits() -> None:
     has(pool, pool.workers[0], "b")
     pool.submit(a_job("first"), a_job("second", "b"))
     assert pool.running() == [{"first", "second"}]
+
+
+def refused(pool: Pool) -> ApiError:
+    with pytest.raises(ApiError) as full:
+        pool.submit(a_job("one more"))
+    assert full.value.code == "QUEUE_FULL"
+    return full.value
+
+
+async def test_retry_after_is_when_the_line_should_be_gone_also_while_a_worker_starts_again() -> None:
+    pool = Pool(slots=4, MAX_QUEUE="8")
+    (worker,) = pool.workers
+    pool.submit(*(a_job(str(number)) for number in range(12)))
+    assert refused(pool).retry_after == 4  # 8 wait, 4 at once, 2 s each
+    worker._ended()
+    assert refused(pool).retry_after == 6  # 12 wait
+
+
+async def test_what_a_job_takes_is_what_it_holds_its_slot_for() -> None:
+    pool = Pool(slots=2, MAX_QUEUE="2")
+    (worker,) = pool.workers
+    computed, failed = jobs = [a_job("computed"), a_job("failed")]
+    pool.submit(*jobs, a_job("3"), a_job("4"))
+    assert refused(pool).retry_after == 2
+    now = asyncio.get_running_loop().time()
+    computed.started = failed.started = now - 22.0
+    pool.says(worker, Computed("computed"))
+    assert 6 <= pool.dispatcher._seconds < 7
+    computed.started = now - 1000.0  # its images were encoded until now
+    pool.done(worker, computed)
+    assert 6 <= pool.dispatcher._seconds < 7
+    pool.says(worker, Failed("failed", "PIPELINE_ERROR", "x", {}, ""))
+    assert 9 <= pool.dispatcher._seconds < 10
