@@ -25,8 +25,12 @@ CLIENTS = size_of("SOAK_CLIENTS", 500)
 SECONDS = size_of("SOAK_SECONDS", 30)
 MAX_QUEUE = 100
 IMAGE = {"prompt": "a red circle on a blue background", "num_inference_steps": 4, "seed": 1}
-FEW_TIMES, AT_LEAST = 30, 0.25
-"""An answer may take so many times as long as on the idle server, or so many seconds: all cores are at work."""
+FEW_TIMES, AT_LEAST = 10, 0.02
+"""The median answer may take so many times as long as on the idle server, or so many seconds.
+
+On two cores, of which the worker and the crowd take all they get, health took 1.6 ms (0.4 ms idle) and a refusal 1.3 ms
+(0.7 ms), p95 17 and 19 ms: what is beyond the idle server is waiting for a slice of a core. The slowest say more of the
+kernel's scheduler than of the server; they are printed, not judged."""
 
 
 @dataclass
@@ -92,15 +96,11 @@ def timed(call: Callable[[], httpx.Response], status: int, take: list[float]) ->
 
 
 def described(times: list[float]) -> str:
-    return f"median {median(times) * 1000:.1f} ms, p95 {_p95(times) * 1000:.1f} ms of {len(times)}"
-
-
-def _p95(times: list[float]) -> float:
-    return quantiles(times, n=20)[-1]
+    return f"median {median(times) * 1000:.1f} ms, p95 {quantiles(times, n=20)[-1] * 1000:.1f} ms of {len(times)}"
 
 
 def bounded(loaded: list[float], idle: list[float]) -> bool:
-    return all(of(loaded) <= max(AT_LEAST, FEW_TIMES * of(idle)) for of in (median, _p95))
+    return median(loaded) <= max(AT_LEAST, FEW_TIMES * median(idle))
 
 
 def test_five_hundred_clients_against_a_queue_of_a_hundred(models_dir: Path, tmp_path: Path) -> None:
@@ -121,9 +121,12 @@ def test_five_hundred_clients_against_a_queue_of_a_hundred(models_dir: Path, tmp
         left = server.client.get("/health/ready").json()
         memory = memory_of(server.process.pid)
         print(
-            f"\n{CLIENTS} clients, {SECONDS} s: {dict(seen.statuses)}; Retry-After {_range(seen.retry_after)}; {seen.seconds:.0f} s"
+            f"\n{CLIENTS} clients, {SECONDS} s: {dict(seen.statuses)}; Retry-After {_range(seen.retry_after)}, median {median(seen.retry_after):.0f} s; {seen.seconds:.0f} s"
         )
         print(f"health: idle {described(idle_health)}; overload {described(health)}")
+        print(
+            f"medians: {median(health) / median(idle_health):.1f}x and {median(no) / median(idle_no):.1f}x the idle server's"
+        )
         print(f"no: idle (a wrong request) {described(idle_no)}; overload (a full queue) {described(no)}")
         print(f"no, as the crowd saw it: {described(seen.refusals)}; server {memory:.0f} MB")
         assert seen.wrong == []
@@ -139,6 +142,7 @@ def test_five_hundred_clients_against_a_queue_of_a_hundred(models_dir: Path, tmp
             abs(images_of({"image_base64": data})[0].astype(int) - wanted).max() <= 1 for data in set(seen.images)
         )
         assert left["queue"] == 0
+        assert min(len(health), len(no)) >= 20  # or their medians say nothing
         assert bounded(health, idle_health)
         assert bounded(no, idle_no)
         assert server.post(IMAGE).status_code == 200
