@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import os
 import platform
-from pathlib import Path
 
 import torch
 
+from api.engine.budgets import Memory
 from api.engine.stopwatch import CpuStopwatch, CudaStopwatch, Stopwatch
 
 log = logging.getLogger("api.engine")
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_GPU_SHARE = 0.75
-_RAM_SHARE = 0.5
-"""Share of the memory that resident models may take; the rest is for activations and everyone else."""
 
 _LOST = ("CUDA error", "CUDA driver error", "cuDNN error")
 _HARMLESS = ("out of memory", "CUDNN_STATUS_NOT_SUPPORTED", "CUDNN_STATUS_BAD_PARAM")
@@ -44,6 +40,8 @@ class Device:
             name = "cpu"
         self.torch = torch.device(name)
         self.is_cuda = self.torch.type == "cuda"
+        self.shares_host = not self.is_cuda
+        """Modules on it may use the host's own memory; a test says no, to go the way of a GPU."""
 
     @property
     def name(self) -> str:
@@ -56,11 +54,12 @@ class Device:
         """What a precision is computed in here. A CPU computes in fp32 always: fp16 is 20 times slower there."""
         return _DTYPES[precision] if self.is_cuda else torch.float32
 
-    def model_budget(self) -> int:
-        """Bytes that resident models may take together."""
-        if self.is_cuda:
-            return int(torch.cuda.mem_get_info(self.torch)[1] * _GPU_SHARE)
-        return int(_memory_limit() * _RAM_SHARE)
+    def memory(self) -> Memory | None:
+        """What a GPU has, and what others leave of it; None for a CPU, which has the host's."""
+        if not self.is_cuda:
+            return None
+        free, total = torch.cuda.mem_get_info(self.torch)
+        return Memory(total, free)
 
     def mem_usage(self) -> float:
         """Allocated share of the device's peak, as the old system reports it; 0 on a CPU."""
@@ -116,14 +115,3 @@ def release_host_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _memory_limit() -> int:
-    """Bytes of RAM this container may use."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(file).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total

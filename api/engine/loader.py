@@ -1,23 +1,52 @@
-"""Reads a model's components from disk onto the device."""
+"""Brings a model's parts from disk to host memory and from there onto the device, and puts a model together."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import hashlib
+import json
 import logging
-import re
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from torch import nn
-from transformers import CLIPTextModel
 
+from api.engine import skeletons
 from api.engine.device import Device
+from api.engine.headers import broken, read_header
+from api.engine.library import Weightless, load_module
+from api.engine.parts import HostPart, PartSpec
+from api.engine.reading import BufferPart, Spare, read
+from api.engine.skeletons import NotExactError, Skeleton, build
+from api.engine.specs import (
+    Component,
+    Weights,
+    components,
+    computed_in,
+    configuration,
+    is_known,
+    variant_in,
+    variant_of,
+    weights,
+    weights_identity,
+)
+from api.engine.spent import spending
 from api.engine.tokenizers import taking_turns
+from api.engine.twins import Twins
 from api.errors import ApiError
 from api.schema.generation import ModelRef
 
 log = logging.getLogger("api.engine")
+
+_SKELETONS = 64
 
 
 class LoadedModel:
@@ -42,71 +71,338 @@ class LoadedModel:
         self.schedulers: dict[str, Any] = {}
         self.variants: dict[str, dict[str, Any]] = {}
         self.latent_maps: dict[str, Any] = {}
-        self.bytes = sum(_module_bytes(part) for part in self.components.values() if isinstance(part, nn.Module))
+        self.bytes = sum(module_bytes(part) for part in self.components.values() if isinstance(part, nn.Module))
 
 
-def _module_bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+def module_bytes(module: nn.Module) -> int:
+    """Of a module's parameters and buffers, each counted once."""
+    seen: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None:
+                seen[id(tensor)] = tensor
+    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
 
 
-def _keep_text_model(part: nn.Module) -> None:
-    """Give a CLIP text encoder the ``text_model`` that diffusers still reads for ``clip_skip`` and LoRA scales.
+@dataclass(frozen=True)
+class _Plan:
+    component: Component
+    config: dict[str, Any]
+    weights: Weights
+    dtype: torch.dtype
 
-    transformers 5 moved its parts up a level. Set past ``nn.Module``, which would register a loop.
+
+class PartLoader:
+    """The ``Loader`` of one device. Its methods may be called from several threads, ``place`` from the device's.
+
+    Args:
+        device: where modules are placed.
+
+    Attributes:
+        spare: memory that parts have left; keeps nothing until its ``limit`` is set.
     """
-    if isinstance(part, CLIPTextModel) and not hasattr(part, "text_model"):
-        object.__setattr__(part, "text_model", part)
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.spare = Spare()
+        self._weightless = Weightless()
+        self._twins = Twins()
+        self._skeletons: OrderedDict[str, Skeleton | None] = OrderedDict()
+        self._lock = threading.Lock()
+        # one buffer under each module that was copied to the device
+        self._flats: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
+        self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None
+
+    # --- what there is ---
+
+    def parts(self, ref: ModelRef) -> Sequence[PartSpec]:
+        """The parts of a model, without reading a weight.
+
+        Raises:
+            ApiError: MODEL_BROKEN.
+        """
+        folder = Path(ref.folder)
+        with spending("build"), naming(ref):
+            variant = variant_of(folder, ref.precision)
+            dtype = self._device.dtype(ref.precision)
+            found = [component for component in components(folder) if component.has_weights]
+            return [self._spec(_planned(component, dtype, variant)) for component in found]
+
+    def _spec(self, plan: _Plan) -> PartSpec:
+        component, config, files = plan.component, plan.config, plan.weights.files
+        what = [component.library, component.class_name, config, str(plan.dtype)]
+        shapes = [header.shapes for header in plan.weights.headers]
+        architecture = _digest([*what, shapes, plan.weights.sharded, plan.weights.plain])
+        identity = weights_identity(component.folder.parent, files)
+        key = _digest([*what, self._twins.content(architecture, files, identity)])
+        skeleton = self._skeleton(architecture, plan)
+        return PartSpec(
+            name=component.name,
+            key=key,
+            # what a library has loaded is never overwritten: another one is only ever equal to itself
+            architecture=architecture if skeleton else f"library:{key}",
+            bytes=skeleton.bytes if skeleton else _bytes(plan),
+            folder=component.folder,
+            library=component.library,
+            class_name=component.class_name,
+            dtype=plan.dtype,
+            files=files,
+            by_library=skeleton is None,
+        )
+
+    def _skeleton(self, architecture: str, plan: _Plan) -> Skeleton | None:
+        with self._lock:
+            if architecture in self._skeletons:
+                self._skeletons.move_to_end(architecture)
+                return self._skeletons[architecture]
+        skeleton = _built(plan)
+        with self._lock:
+            while len(self._skeletons) >= _SKELETONS:
+                self._skeletons.popitem(last=False)
+            return self._skeletons.setdefault(architecture, skeleton)
+
+    def _skeleton_of(self, spec: PartSpec) -> Skeleton:
+        with self._lock:
+            skeleton = self._skeletons.get(spec.architecture)
+        skeleton = skeleton or self._skeleton(spec.architecture, self._replanned(spec))
+        if skeleton is None:
+            raise broken(spec.folder, "has changed")
+        return skeleton
+
+    def _replanned(self, spec: PartSpec) -> _Plan:
+        found = [part for part in components(spec.folder.parent) if part.name == spec.name]
+        if not found:
+            raise broken(spec.folder, "is gone")
+        return _planned(found[0], spec.dtype, variant_in(spec.files))
+
+    # --- from disk to host ---
+
+    def read(self, spec: PartSpec) -> HostPart:
+        """Read a part from disk into host memory; in any thread unless ``spec.by_library``.
+
+        Raises:
+            ApiError: MODEL_BROKEN.
+            MemoryError: there is no room.
+        """
+        with spending("read"):
+            if spec.by_library:
+                with _as_broken(spec.folder):
+                    module = load_module(
+                        spec.folder.parent,
+                        spec.name,
+                        spec.library,
+                        spec.class_name,
+                        spec.dtype,
+                        variant_in(spec.files),
+                    )
+                return HostPart({}, module_bytes(module), module)
+            skeleton = self._skeleton_of(spec)
+            shares, pin = self._device.shares_host, self._device.is_cuda
+            with _as_broken(spec.folder):
+                headers = [read_header(path) for path in spec.files]
+                return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self.spare)
+
+    # --- from host to device ---
+
+    def place(self, spec: PartSpec, host: HostPart, onto: nn.Module | None) -> nn.Module:
+        """Make a part's module on the device, on the device's thread.
+
+        Args:
+            spec: which part.
+            host: its weights.
+            onto: a module of the same architecture that nobody uses any more: it takes over its storage.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room on the device.
+        """
+        if host.module is not None:
+            with spending("copy"):
+                return self._moved(host.module)
+        skeleton = self._skeleton_of(spec)
+        if onto is not None:
+            with spending("copy"):
+                self._take_over(onto, skeleton, host)
+            return onto
+        if self._device.shares_host:
+            with spending("build"):
+                return skeletons.fill(skeleton, host.tensors, self._device.torch)
+        return self._copied(skeleton, host)
+
+    def _copied(self, skeleton: Skeleton, host: HostPart) -> nn.Module:
+        with spending("copy"):
+            flat = torch.empty(skeleton.extent, dtype=torch.uint8, device=self._device.torch)
+            tensors = {slot.targets[0]: slot.of(flat) for slot in skeleton.slots}
+        with self._copying():
+            with spending("copy"):
+                _copy(skeleton, host, flat, tensors)
+            with spending("build"):  # while the bytes are on their way
+                module = skeletons.fill(skeleton, tensors, self._device.torch)
+            with spending("copy"):
+                self._wait()
+        self._flats[module] = flat
+        return module
+
+    def _take_over(self, onto: nn.Module, skeleton: Skeleton, host: HostPart) -> None:
+        """Other weights for a module. Its storage stays where it is, unless the host's own memory is used."""
+        tensors = skeletons.held(onto, skeleton)
+        if self._device.shares_host:
+            for name, tensor in tensors.items():
+                tensor.data = host.tensors[name]
+            return
+        flat = self._flats.get(onto)
+        if flat is not None and any(
+            tensors[slot.targets[0]].data_ptr() != flat.data_ptr() + slot.offset for slot in skeleton.slots
+        ):
+            flat = None  # somebody gave it other storage since
+        with self._copying(), torch.no_grad():
+            _copy(skeleton, host, flat, tensors)
+            self._wait()
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Copies go on a stream of their own, after what the device was told before."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device.torch))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _moved(self, module: nn.Module) -> nn.Module:
+        if self._device.shares_host:
+            return module
+        memo: dict[int, Any] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            there = tensor.detach().to(self._device.torch, copy=True)
+            memo[id(tensor)] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+        return copy.deepcopy(module, memo)
+
+    # --- a whole model ---
+
+    def assemble(self, ref: ModelRef, modules: Mapping[str, nn.Module]) -> LoadedModel:
+        """A model from its parts and from what has no weights: tokenizers, scheduler, configuration.
+
+        Args:
+            ref: which model.
+            modules: by the name of the component.
+
+        Raises:
+            ApiError: MODEL_BROKEN.
+        """
+        folder = Path(ref.folder)
+        with spending("build"), naming(ref):
+            rest = [part for part in components(folder) if not part.has_weights]
+            given = {**modules, **{part.name: self._weightless.get(part) for part in rest}}
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                ref.folder, **given, local_files_only=True, trust_remote_code=False
+            )
+            return LoadedModel(ref, self._device.dtype(ref.precision), pipe)
 
 
-def variant_of(folder: Path, precision: str) -> str | None:
-    """Which weight files of a folder to read: ``fp16`` or ``bf16`` where they are preferred or alone, else plain ones.
+def _planned(component: Component, dtype: torch.dtype, variant: str | None) -> _Plan:
+    config = configuration(component)
+    return _Plan(component, config, weights(component, variant), computed_in(component, config, dtype))
 
-    diffusers names them ``diffusion_pytorch_model.fp16.safetensors``, and takes a component's plain files where
-    the variant is missing, but not the other way round.
+
+def _built(plan: _Plan) -> Skeleton | None:
+    """The skeleton, or None for what only its library can load."""
+    cls = plan.component.cls
+    if cls is None or not is_known(cls) or not plan.weights.plain:
+        log.info("%s (%s) is left to its library", plan.component.name, plan.component.class_name)
+        return None
+    stored = {name: entry for header in plan.weights.headers for name, entry in header.tensors.items()}
+    try:
+        return build(cls, plan.config, stored, plan.dtype, one_file=not plan.weights.sharded)
+    except NotExactError as reason:
+        log.info("%s (%s) is left to its library: %s", plan.component.name, plan.component.class_name, reason)
+        return None
+
+
+def _bytes(plan: _Plan) -> int:
+    """What a part will take, from its headers alone."""
+    return sum(
+        entry.bytes // entry.dtype.itemsize * plan.dtype.itemsize
+        if entry.dtype is not None and entry.dtype.is_floating_point
+        else entry.bytes
+        for header in plan.weights.headers
+        for entry in header.tensors.values()
+    )
+
+
+def _digest(what: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _copy(skeleton: Skeleton, host: HostPart, flat: torch.Tensor | None, tensors: Mapping[str, torch.Tensor]) -> None:
+    source = host.flat if isinstance(host, BufferPart) else None
+    if flat is not None and source is not None:
+        flat.copy_(source, non_blocking=True)
+        return
+    for slot in skeleton.slots:
+        tensors[slot.targets[0]].copy_(host.tensors[slot.targets[0]], non_blocking=True)
+
+
+@contextlib.contextmanager
+def naming(ref: ModelRef) -> Iterator[None]:
+    """Whatever a damaged file makes the libraries or us raise is MODEL_BROKEN, and says which model.
+
+    Raises:
+        ApiError: MODEL_BROKEN.
     """
-    names = {path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors")}
-    for variant in ("fp16", "bf16"):
-        own = {name for name in names if f".{variant}." in name}
-        folders = {name.partition("/")[0] for name in own}
-        plain = {name.partition("/")[0] for name in names if not re.search(r"\.(fp16|bf16)\.", name)}
-        if own and (variant == precision or not folders <= plain):
-            return variant
-    return None
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as fault:
+        if isinstance(fault, ApiError) and fault.requested is not None:
+            raise
+        raise ApiError(
+            "MODEL_BROKEN",
+            f'"{ref.model_id}" cannot be loaded: {_said(fault)}',
+            field="callInputs.MODEL_ID",
+            requested=ref.model_id,
+        ) from fault
+
+
+@contextlib.contextmanager
+def _as_broken(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ApiError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as fault:
+        raise broken(folder, f"cannot be loaded ({_said(fault)})") from fault
+
+
+def _said(fault: Exception) -> str:
+    return str(fault) if isinstance(fault, ApiError) else f"{type(fault).__name__}: {str(fault)[:300]}"
+
+
+_loaders: weakref.WeakKeyDictionary[Device, PartLoader] = weakref.WeakKeyDictionary()
+
+
+def loader_of(device: Device) -> PartLoader:
+    """The loader of a device, with all that it has built for it."""
+    loader = _loaders.get(device)
+    if loader is None:
+        loader = _loaders.setdefault(device, PartLoader(device))
+    return loader
 
 
 def load(ref: ModelRef, device: Device) -> LoadedModel:
     """Load a model from its folder. Safetensors only; nothing is unpickled or downloaded.
 
-    ``from_pretrained`` patches torch process-wide while it runs: no other work may go on meanwhile.
+    What our own reader does not know is loaded by its library, which patches torch process-wide while it runs: no other
+    work may go on meanwhile.
 
     Raises:
         ApiError: MODEL_BROKEN; OUT_OF_MEMORY is left to the caller as torch raises it.
     """
-    dtype = device.dtype(ref.precision)
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            ref.folder,
-            dtype=dtype,
-            variant=variant_of(Path(ref.folder), ref.precision),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as fault:  # whatever a damaged file makes the libraries raise
-        raise ApiError(
-            "MODEL_BROKEN",
-            f'"{ref.model_id}" cannot be loaded ({type(fault).__name__}: {str(fault)[:300]}).',
-            field="callInputs.MODEL_ID",
-            requested=ref.model_id,
-        ) from fault
-    pipe.to(device.torch)
-    vae = getattr(pipe, "vae", None)
-    if vae is not None and dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        vae.to(torch.float32)  # it overflows in fp16; the pipelines would cast it for each image
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.eval().requires_grad_(False)
-            _keep_text_model(part)
-    return LoadedModel(ref, dtype, pipe)
+    loader = loader_of(device)
+    with naming(ref):
+        modules = {spec.name: loader.place(spec, loader.read(spec), None) for spec in loader.parts(ref)}
+    return loader.assemble(ref, modules)

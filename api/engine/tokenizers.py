@@ -21,7 +21,8 @@ _METHODS = ("__call__", "encode", "decode", "batch_decode", "tokenize", "pad", "
 def taking_turns(components: Mapping[str, Any]) -> dict[str, Any]:
     """A model's components, where tokenizers, and processors that hold one, are used by one thread at a time.
 
-    The state is in the tokenizer's backend: there is one lock for each of these.
+    The state is in the tokenizer's backend: there is one lock for each of these. What takes turns already, because
+    several models share it, is given as it is.
     """
     locks: dict[int, Any] = {}
 
@@ -29,6 +30,8 @@ def taking_turns(components: Mapping[str, Any]) -> dict[str, Any]:
         return locks.setdefault(id(getattr(tokenizer, "_tokenizer", tokenizer)), threading.RLock())
 
     def turned(part: Any) -> Any:
+        if getattr(type(part), "takes_turns", False):
+            return part
         if isinstance(part, PreTrainedTokenizerBase):
             return _locked(part, lock_of(part))
         if isinstance(part, nn.Module) or not hasattr(part, "__dict__"):
@@ -59,5 +62,5 @@ def _locked(part: Any, lock: Any) -> Any:
     body = {name: turn(name) for name in _METHODS if hasattr(cls, name)}
     # a class of the same name: pipelines compare and save names
     turned = copy.copy(part)
-    turned.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **body})
+    turned.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "takes_turns": True, **body})
     return turned

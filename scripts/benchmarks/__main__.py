@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from api.service.workers import PREFERENCES
-from scripts.benchmarks import batching, encode, fetch, overhead, startup
+from scripts.benchmarks import batching, encode, fetch, overhead, startup, switch
 from scripts.benchmarks.measure import Figure
 
 BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "encode": encode.run,
     "startup": startup.run,
     "fetch": fetch.run,
+    "switch": switch.run,
 }
 
 

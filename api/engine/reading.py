@@ -1,0 +1,458 @@
+"""Reads the tensors of safetensors files into host memory.
+
+Two ways, because measured they differ by far. Where the host's memory is the device's, and the files hold what is
+wanted, their pages are mapped and all brought in at once: nothing is copied, and the page cache is not held twice.
+Otherwise several threads read into one buffer of the exact size, and cast on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from api.engine.headers import Header, Stored, broken
+from api.engine.parts import HostPart
+from api.engine.skeletons import Slot
+
+log = logging.getLogger("api.engine")
+
+_PAGE = mmap.PAGESIZE
+_BLOCK = 8 * 2**20
+_PIECES = 256
+"""Tensors that one block holds at most; the kernel takes 1024 buffers in a call."""
+_WARM_THREADS = 4
+_COLD_THREADS = 16
+_SAMPLES = 16
+_POPULATE_READ = 22
+_POPULATE_WRITE = 23
+_REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "lustre", "virtiofs", "glusterfs", "beegfs")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+@dataclass
+class BufferPart(HostPart):
+    """A part in one buffer.
+
+    Attributes:
+        flat: all its tensors, each at its slot's offset; None where they are pages of files.
+    """
+
+    flat: torch.Tensor | None = None
+
+
+def read(
+    headers: Sequence[Header],
+    slots: Sequence[Slot],
+    extent: int,
+    *,
+    shares: bool,
+    pin: bool,
+    spare: Spare | None = None,
+) -> BufferPart:
+    """Read a part.
+
+    Args:
+        headers: of its files.
+        slots: where each tensor goes.
+        extent: bytes of a buffer for them.
+        shares: a module may use the host's own memory.
+        pin: make the memory such that a GPU copies from it by itself.
+        spare: memory that is there already, which is then read into.
+
+    Raises:
+        ApiError: MODEL_BROKEN.
+        MemoryError: there is no room.
+    """
+    stored = {name: (header, entry) for header in headers for name, entry in header.tensors.items()}
+    as_it_is = all(
+        slot.dtype == stored[slot.source][1].dtype and stored[slot.source][1].begin % slot.dtype.itemsize == 0
+        for slot in slots
+    )
+    # from a disk it is faster to read past the page cache, if there is memory already
+    there = spare is not None and spare.fits(extent) and any(map(_is_cold, headers))
+    if shares and as_it_is and not there and not any(_is_remote(header.path) for header in headers):
+        return _mapped(headers, slots, stored)
+    return _copied(headers, slots, buffer(extent, pin, spare), extent)
+
+
+# --- mapped ---
+
+
+def _mapped(
+    headers: Sequence[Header], slots: Sequence[Slot], stored: Mapping[str, tuple[Header, Stored]]
+) -> BufferPart:
+    pages = {header.path: _map(header) for header in headers if header.tensors}
+    tensors = {}
+    for slot in slots:
+        header, entry = stored[slot.source]
+        if entry.bytes:
+            count = entry.bytes // slot.dtype.itemsize
+            flat = torch.frombuffer(pages[header.path], dtype=slot.dtype, count=count, offset=entry.begin)
+            tensors[slot.targets[0]] = flat.view(slot.shape)
+        else:
+            tensors[slot.targets[0]] = torch.empty(slot.shape, dtype=slot.dtype)
+    return BufferPart(tensors, sum(header.size for header in headers))
+
+
+def _map(header: Header) -> mmap.mmap:
+    """The pages of a whole file, in memory; what would be written to them would be this process's own."""
+    try:
+        with header.path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as fault:
+        raise _fault(header.path, fault) from fault
+
+    # a page that cannot be read is an error here, and would be a signal that kills the process later
+    def bring(begin: int) -> None:
+        _advise(pages, begin, min(32 * _BLOCK, header.size - begin), _POPULATE_READ, header.path)
+
+    with ThreadPoolExecutor(_WARM_THREADS, thread_name_prefix="map") as pool:
+        list(pool.map(bring, range(0, header.size, 32 * _BLOCK)))
+    return pages
+
+
+def _advise(pages: mmap.mmap, begin: int, length: int, advice: int, path: Path | None) -> None:
+    """``madvise`` without the GIL; what this kernel does not know is left out.
+
+    Raises:
+        ApiError: MODEL_BROKEN: a page of the file cannot be read.
+        MemoryError: there is no room.
+    """
+    address = _address(pages) + begin
+    if _libc.madvise(address, length, advice) == 0:
+        return
+    number = ctypes.get_errno()
+    if number == errno.ENOMEM:
+        raise MemoryError(f"no room for {length} bytes")
+    if number not in (errno.EINVAL, errno.EPERM, errno.EAGAIN) and path is not None:
+        raise _fault(path, OSError(number, os.strerror(number)))
+
+
+def _is_remote(path: Path) -> bool:
+    """Whether a file lies on another machine, so that its pages may be slow to come back or may not come at all."""
+    device = os.stat(path).st_dev  # noqa: PTH116
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2] == wanted:
+            return rest.startswith(_REMOTE)
+    return False
+
+
+# --- copied ---
+
+
+class Spare:
+    """Memory that parts have left, for those that come: fresh pages may take longer than reading a file into old ones.
+
+    Args:
+        limit: bytes that are kept at most while nobody uses them; none unless whoever counts memory says so.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self._pages: list[_Pages] = []
+        self._lock = threading.RLock()  # memory may be left by a collection within any of these lines
+
+    @property
+    def bytes(self) -> int:
+        """What is kept now."""
+        with self._lock:
+            return sum(len(pages) for pages in self._pages)
+
+    def fits(self, size: int) -> bool:
+        """Whether there is memory for so many bytes, little larger than that."""
+        with self._lock:
+            return any(_suits(pages, size) for pages in self._pages)
+
+    def take(self, size: int, pin: bool) -> _Pages:
+        """Memory of at least that size, from what is kept or new.
+
+        Raises:
+            MemoryError: there is no room.
+        """
+        with self._lock:
+            found = min((pages for pages in self._pages if _suits(pages, size)), key=len, default=None)
+            if found is not None:
+                self._pages.remove(found)
+                return found
+        return _Pages.of(size, pin)
+
+    def leave(self, pages: _Pages) -> None:
+        """Nobody uses it any more. What is kept longest is freed when it gets too much."""
+        with self._lock:
+            self._pages.append(pages)
+            while self._pages and sum(len(kept) for kept in self._pages) > self.limit:
+                self._pages.pop(0)
+
+    def clear(self) -> None:
+        """Free all of it."""
+        with self._lock:
+            self._pages.clear()
+
+
+def _suits(pages: _Pages, size: int) -> bool:
+    return size <= len(pages) <= size + size // 8 + _BLOCK
+
+
+class _Pages(mmap.mmap):
+    """Memory of an exact size that is known to CUDA until it is freed."""
+
+    release: Callable[[], None] | None = None
+
+    @classmethod
+    def of(cls, size: int, pin: bool) -> _Pages:
+        """New memory.
+
+        Raises:
+            MemoryError: there is no room.
+        """
+        try:
+            pages = cls(-1, -(-size // _PAGE) * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as fault:
+            raise MemoryError(f"no room for {size} bytes") from fault
+        # pages of 2 MiB: to fault in pages of 4 KiB takes longer than to read a file
+        _advise(pages, 0, len(pages), mmap.MADV_HUGEPAGE, None)
+        if pin:
+            _pin(pages)
+        return pages
+
+    def __del__(self) -> None:
+        if self.release:
+            self.release()
+
+
+def _address(pages: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(pages))
+
+
+def buffer(size: int, pin: bool, spare: Spare | None = None) -> torch.Tensor:
+    """Bytes of an exact size; torch's own pinned memory is rounded up to a power of two.
+
+    Args:
+        size: bytes.
+        pin: for a GPU.
+        spare: where the memory comes from, and goes back to with the last tensor over it.
+
+    Raises:
+        MemoryError: there is no room.
+    """
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    if spare is None:
+        return torch.frombuffer(_Pages.of(size, pin), dtype=torch.uint8)[:size]
+    pages = spare.take(size, pin)
+    # an object of its own for each use, so that its end is the end of the use and not of the memory
+    use = (ctypes.c_char * len(pages)).from_address(_address(pages))
+    weakref.finalize(use, spare.leave, pages).atexit = False
+    return torch.frombuffer(use, dtype=torch.uint8)[:size]
+
+
+def _pin(pages: _Pages) -> None:
+    """Let CUDA copy from this memory by itself; it stays as it is where CUDA refuses, and copies are slower then."""
+    address, runtime = _address(pages), torch.cuda.cudart()
+    refusal = int(runtime.cudaHostRegister(address, len(pages), 1))
+    if refusal:
+        log.warning("%d bytes of host memory cannot be pinned (CUDA error %d)", len(pages), refusal)
+        return
+
+    def release() -> None:
+        runtime.cudaHostUnregister(address)
+
+    pages.release = release
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some elements of one tensor."""
+
+    begin: int
+    bytes: int
+    dtype: torch.dtype
+    to: int
+    as_dtype: torch.dtype
+
+    @property
+    def to_bytes(self) -> int:
+        return self.bytes // self.dtype.itemsize * self.as_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A stretch of a file without holes, and where its pieces go."""
+
+    header: Header
+    pieces: tuple[_Piece, ...]
+
+    @property
+    def begin(self) -> int:
+        return self.pieces[0].begin
+
+    @property
+    def end(self) -> int:
+        return self.pieces[-1].begin + self.pieces[-1].bytes
+
+    @property
+    def casts(self) -> bool:
+        return any(piece.dtype != piece.as_dtype for piece in self.pieces)
+
+
+def _blocks(header: Header, slots: Mapping[str, Slot]) -> Iterator[_Block]:
+    pieces: list[_Piece] = []
+    for name, entry in header.tensors.items():
+        slot = slots.get(name)
+        if slot is None or entry.dtype is None:
+            continue
+        step = _BLOCK // entry.dtype.itemsize * entry.dtype.itemsize
+        for at in range(0, entry.bytes, step):
+            to = slot.offset + at // entry.dtype.itemsize * slot.dtype.itemsize
+            piece = _Piece(entry.begin + at, min(step, entry.bytes - at), entry.dtype, to, slot.dtype)
+            last = pieces[-1] if pieces else None
+            full = last and (piece.begin + piece.bytes - pieces[0].begin > _BLOCK or len(pieces) == _PIECES)
+            if last and (full or last.begin + last.bytes != piece.begin):
+                yield _Block(header, tuple(pieces))
+                pieces = []
+            pieces.append(piece)
+    if pieces:
+        yield _Block(header, tuple(pieces))
+
+
+def _copied(headers: Sequence[Header], slots: Sequence[Slot], flat: torch.Tensor, extent: int) -> BufferPart:
+    by_source = {slot.source: slot for slot in slots}
+    blocks = [block for header in headers for block in _blocks(header, by_source)]
+    cold = any(_is_cold(header) for header in headers)
+    with contextlib.ExitStack() as opened:
+        files = {header.path: _File(header, cold, opened) for header in headers}
+        _in_threads(
+            _COLD_THREADS if cold else _WARM_THREADS,
+            blocks,
+            lambda staging, block: _fill(files[block.header.path], block, flat, staging),
+        )
+    return BufferPart({slot.targets[0]: slot.of(flat) for slot in slots}, extent, flat=flat)
+
+
+class _File:
+    """An open file, past the page cache where it is not in there and the file system can."""
+
+    def __init__(self, header: Header, cold: bool, opened: contextlib.ExitStack) -> None:
+        self.path = header.path
+        self.direct = cold
+        try:
+            try:
+                self.descriptor = os.open(header.path, os.O_RDONLY | (os.O_DIRECT if cold else 0))
+            except OSError:
+                self.direct = False
+                self.descriptor = os.open(header.path, os.O_RDONLY)
+        except OSError as fault:
+            raise _fault(header.path, fault) from fault
+        opened.callback(os.close, self.descriptor)
+
+
+def _in_threads(count: int, blocks: Sequence[_Block], work: Callable[[torch.Tensor, _Block], None]) -> None:
+    """Do the work in threads, each with memory for what cannot be read into place; the first error is raised."""
+    left = iter(blocks)
+    lock = threading.Lock()
+    faults: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            torch.set_num_threads(1)  # of this thread: it casts beside others that do
+            staging = buffer(_BLOCK + 2 * _PAGE, pin=False)
+            while not faults:
+                with lock:
+                    block = next(left, None)
+                if block is None:
+                    return
+                work(staging, block)
+        except BaseException as fault:
+            faults.append(fault)
+
+    mine = torch.get_num_threads()
+    threads = [threading.Thread(target=run, name=f"read-{n}") for n in range(min(count, len(blocks)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(mine)  # which is also what threads that come later begin with
+    if faults:
+        raise faults[0]
+
+
+def _fill(file: _File, block: _Block, flat: torch.Tensor, staging: torch.Tensor) -> None:
+    try:
+        if not file.direct and not block.casts:
+            _read_exactly(
+                file, [_memory(flat[piece.to : piece.to + piece.bytes]) for piece in block.pieces], block.begin
+            )
+            return
+        begin = block.begin // _PAGE * _PAGE if file.direct else block.begin
+        length = block.end - begin
+        whole = -(-length // _PAGE) * _PAGE if file.direct else length
+        _read_exactly(file, [_memory(staging[:whole])], begin, length)
+    except OSError as fault:
+        raise _fault(file.path, fault) from fault
+    for piece in block.pieces:
+        at = piece.begin - begin
+        source = staging[at : at + piece.bytes]
+        source = source if at % piece.dtype.itemsize == 0 else source.clone()
+        flat[piece.to : piece.to + piece.to_bytes].view(piece.as_dtype).copy_(source.view(piece.dtype))
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.numpy())
+
+
+def _read_exactly(file: _File, views: list[memoryview], offset: int, enough: int | None = None) -> None:
+    """Fill buffers in turn; ``enough`` bytes will do, as the end of a file is not the end of a page."""
+    left = enough if enough is not None else sum(len(view) for view in views)
+    while left > 0:
+        count = os.preadv(file.descriptor, views, offset)
+        if not count:
+            raise broken(file.path, "has become shorter")
+        left -= count
+        offset += count
+        while left > 0 and count:
+            taken = min(count, len(views[0]))
+            views[0] = views[0][taken:]
+            count -= taken
+            if not views[0]:
+                views.pop(0)
+
+
+def _is_cold(header: Header) -> bool:
+    """Whether most of a file is not in the page cache, by a few samples that do not wait for the disk."""
+    missing = 0
+    sample = bytearray(1)
+    with header.path.open("rb", buffering=0) as file:
+        for number in range(_SAMPLES):
+            try:
+                os.preadv(file.fileno(), [sample], header.size * number // _SAMPLES, os.RWF_NOWAIT)
+            except BlockingIOError:
+                missing += 1
+            except OSError:  # a file system that cannot say
+                return False
+    return missing * 2 > _SAMPLES
+
+
+def _fault(path: Path, fault: Exception) -> Exception:
+    if isinstance(fault, OSError) and fault.errno == errno.ENOMEM:
+        return MemoryError(str(fault))
+    return broken(path, f"cannot be read: {getattr(fault, 'strerror', None) or fault}")
