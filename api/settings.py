@@ -67,6 +67,10 @@ def _seconds(value: str) -> float:
     return number
 
 
+def _seconds_or_never(value: str) -> float:
+    return 0.0 if value.strip() in ("", "0") else _seconds(value)
+
+
 def _one_of(*allowed: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value not in allowed:
@@ -200,6 +204,18 @@ class Settings:
     )
     warm_models: tuple[str, ...] = _variable(
         "WARM_MODELS", "", _list, "models to load at start beside MODEL_ID, comma-separated"
+    )
+    vram_limit: int | float | None = _variable(
+        "VRAM_LIMIT", "", _budget, "what models may take on a device: 20GiB, 80%; empty: three quarters of what is free"
+    )
+    ram_limit: int | float | None = _variable(
+        "RAM_LIMIT", "", _budget, "what models may take in RAM, devices together: 40GiB, 60%; empty: half of it"
+    )
+    model_idle_timeout: float = _variable(
+        "MODEL_IDLE_TIMEOUT", "0", _seconds_or_never, "seconds after which an unused model leaves the device; 0: never"
+    )
+    max_switch_wait: float = _variable(
+        "MAX_SWITCH_WAIT", "10", _seconds_or_never, "seconds that a job is passed by jobs whose model is in memory"
     )
     devices: tuple[str, ...] = _variable(
         "DEVICES", "", _list, "e.g. cuda:0,cuda:1 or cpu; empty: all GPUs, else the CPU"

@@ -196,6 +196,21 @@ class Executor:
             self._changed.notify_all()
         return self._await(call)
 
+    def on_device(self, function: Callable[[], Any]) -> Any:
+        """Run something on the device's thread, between two calls of the jobs: none of them is parked for it.
+
+        Raises:
+            Cancelled: the executor is closed.
+            Exception: what it raises.
+        """
+        call = _Call(Ticket(), function, (), {})
+        with self._changed:
+            if self._closed:
+                raise Cancelled
+            self._calls.append(call)
+            self._changed.notify_all()
+        return self._await(call)
+
     @property
     def astray(self) -> float | None:
         """When the job that is longest between two calls made its last (``time.monotonic``); None if there is none."""

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import logging
-import threading
+import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
 from api.engine.attention import components_with
-from api.engine.cache import ModelCache
+from api.engine.budgets import Budgets, budgets, host_memory
+from api.engine.cache import ModelCache, Reservation
 from api.engine.device import Device, is_fatal
 from api.engine.executor import Cancelled, Executor, Ticket
-from api.engine.loader import LoadedModel, load
+from api.engine.line import Line, out_of_memory
+from api.engine.loader import LoadedModel, PartLoader
+from api.engine.parts import Loader
 from api.engine.pipelines import make_pipeline
 from api.engine.preview import OnPreview, Previews
+from api.engine.staging import Stager
+from api.engine.tiers import Tiers
 from api.engine.views import view
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef, Picture
@@ -30,7 +33,8 @@ log = logging.getLogger("api.engine")
 
 PACKAGES = ("diffusers", "transformers", "torch", "safetensors")
 
-_TICK = 0.2
+_Ran = tuple[np.ndarray, list[bool] | None, str]
+"""Images, flags of the safety checker, the attention that was used."""
 
 OnStep = Callable[[int, int], None]
 OnPhase = Callable[[str, str], None]
@@ -60,24 +64,87 @@ class Engine:
 
     Args:
         device: what to compute on.
+        limits: bytes that models may take; None: as measured.
+        loader: reads models; None: our own.
+        longest_wait: seconds for which a job may be passed by jobs whose model is in memory.
+        idle_timeout: seconds after which an unused model leaves the device; 0: never.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(
+        self,
+        device: Device,
+        limits: Budgets | None = None,
+        loader: Loader | None = None,
+        longest_wait: float = 10.0,
+        idle_timeout: float = 0.0,
+    ) -> None:
         self.device = device
         self.executor = Executor(None if device.is_cuda else torch.get_num_threads(), device.stopwatch())
-        self.cache = ModelCache(device.model_budget(), lambda ref: load(ref, device), device.release_cache)
+        limits = limits or budgets(None, None, device.memory(), host_memory())
+        tiers = Tiers(limits.device, limits.host, shared=limits.shared, capacity=limits.capacity)
+        executor, loader = self.executor, loader or PartLoader(device)
+        self.cache = ModelCache(tiers, loader, executor.on_device, executor.exclusively, device.release_cache)
+        self.line = Line(self.cache, longest_wait)
+        self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
+        self.line.on_change = self.stager.poke
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        self._turn = threading.Lock()
-        self._released = threading.Condition()
 
-    def load(self, ref: ModelRef) -> None:
+    def close(self) -> None:
+        """End the threads."""
+        self.stager.close()
+        self.executor.close()
+
+    def wake(self) -> None:
+        """A job was cancelled: let it leave wherever it waits."""
+        self.executor.wake()
+        self.line.wake()
+
+    def want(self, refs: Sequence[ModelRef]) -> None:
+        """Say which models will be asked for, the next one first: they are read ahead, and evicted last."""
+        self.line.wanted = tuple(refs)
+        self.stager.poke()
+
+    def load(self, ref: ModelRef, tier: str = "device", *, pin: bool = False, evict: bool = True) -> None:
         """Bring a model into memory if it is not there yet.
+
+        Args:
+            ref: which model.
+            tier: ``device`` or ``host``.
+            pin: keep it there.
+            evict: others may be evicted for it; else it is left out where there is no room.
 
         Raises:
             ApiError: MODEL_BROKEN, OUT_OF_MEMORY.
         """
-        with self._leased(ref, lambda: False):
-            pass
+        if tier == "host":
+            self._stage(ref)
+        elif not evict:
+            self._load_if_room(ref)
+        else:
+            with self.line.lease(ref, lambda: False):
+                if pin:
+                    self.cache.pin(ref, "device")
+            return
+        if pin:
+            self.cache.pin(ref, tier)
+
+    def _stage(self, ref: ModelRef) -> None:
+        try:
+            if self.cache.stage(ref, by_library=True):
+                return
+        except MemoryError as fault:
+            raise out_of_memory(fault) from fault
+        memory = self.cache.memory()
+        message = (
+            f"{ref.model_id} does not fit in the {memory.host_limit / 1e9:.2f} GB of RAM_LIMIT beside what is in use "
+            "or pinned there; unload another model, or send this again when the jobs that run are done."
+        )
+        raise ApiError("OUT_OF_MEMORY", message, field="callInputs.MODEL_ID", requested=ref.model_id)
+
+    def _load_if_room(self, ref: ModelRef) -> None:
+        reservation = self.cache.reserve(ref, self.cache.parts(ref), evict=False)
+        if reservation and self.cache.complete(reservation):
+            self.cache.release(ref)
 
     def generate(
         self,
@@ -86,6 +153,8 @@ class Engine:
         on_phase: OnPhase = lambda kind, status: None,
         cancelled: Callable[[], bool] = lambda: False,
         on_preview: OnPreview | None = None,
+        deadline: float = math.inf,
+        overdue: float = math.inf,
     ) -> Generated:
         """Run one request in the thread of the caller; its module calls go through the executor.
 
@@ -95,73 +164,49 @@ class Engine:
             on_phase: called when ``loadModel`` or ``inference`` starts and is done.
             cancelled: asked before every module call.
             on_preview: called after ``on_step`` where the request asks for previews; without it none are made.
+            deadline: when the result is of no use any more, ``time.monotonic``.
+            overdue: until when it may wait for a model while others go before it.
 
         Raises:
             Cancelled: ``cancelled`` said so.
             ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY.
         """
         timings: dict[str, int] = {}
-        cold = request.model not in self.cache
-        began = time.perf_counter()
-        if cold:
-            on_phase("loadModel", "start")
-        with self._leased(request.model, cancelled) as model:
-            if cold:
-                timings["loadModel"] = _ms(began)
+        loading: list[tuple[Reservation, float]] = []
+
+        def on_load(reservation: Reservation) -> None:
+            if not loading:
+                on_phase("loadModel", "start")
+            loading.append((reservation, time.perf_counter()))
+
+        with self.line.lease(request.model, cancelled, deadline, overdue, on_load) as model:
+            if loading:
+                timings["loadModel"] = _ms(loading[0][1])
+                timings |= {name: round(took * 1000) for name, took in loading[-1][0].seconds.items()}
                 on_phase("loadModel", "done")
             on_phase("inference", "start")
             began = time.perf_counter()
-            try:
-                images, nsfw, used = self._run(model, request, on_step, cancelled, on_preview)
-            except torch.OutOfMemoryError as fault:
-                if not self.executor.exclusively(self.cache.clear_idle):
-                    raise _out_of_memory(fault) from fault
-                log.warning("out of memory: idle models are evicted and the request is tried once more")
-                try:
-                    images, nsfw, used = self._run(model, request, on_step, cancelled, on_preview)
-                except torch.OutOfMemoryError as again:
-                    raise _out_of_memory(again) from again
+            images, nsfw, used = self._run_again_without_idle_models(
+                lambda: self._run(model, request, on_step, cancelled, on_preview)
+            )
             timings["inference"] = _ms(began)
         on_phase("inference", "done")
         return Generated(images, self._meta(model, used), timings, nsfw)
 
-    @contextlib.contextmanager
-    def _leased(self, ref: ModelRef, cancelled: Callable[[], bool]) -> Iterator[LoadedModel]:
-        """Hold a model; waits while there is no room for it beside those that others hold.
-
-        One waits at a time, and whoever comes later stands behind it: a stream of requests for what is in memory
-        cannot keep another model out for ever.
-        """
-        with self._turn:
-            model = self._lease(ref)
-            while model is None:
-                if cancelled():
-                    raise Cancelled
-                with self._released:
-                    self._released.wait(_TICK)
-                model = self._lease(ref)
+    def _run_again_without_idle_models(self, run: Callable[[], _Ran]) -> _Ran:
+        """Run; if memory does not suffice, once more when everything that is not in use has left it."""
         try:
-            yield model
-        finally:
-            self.cache.release(ref)
-            with self._released:
-                self._released.notify_all()
-
-    def _lease(self, ref: ModelRef) -> LoadedModel | None:
-        def lease() -> LoadedModel | None:
-            return self.cache.lease(ref, lambda: self._expected_bytes(ref))
-
-        if model := self.cache.hold(ref):
-            return model
-        try:
-            return cast("LoadedModel | None", self.executor.exclusively(lease))
-        except torch.OutOfMemoryError:
-            pass
-        try:
-            self.executor.exclusively(self.cache.clear_idle)
-            return cast("LoadedModel | None", self.executor.exclusively(lease))
+            return run()
         except torch.OutOfMemoryError as fault:
-            raise _out_of_memory(fault) from fault
+            first = fault.with_traceback(None)  # which knows everything that the job had allocated
+        # past the handler: until it ends, the fault and all that it knows of live
+        if not self.cache.clear_idle():
+            raise out_of_memory(first)
+        log.warning("out of memory: idle models are evicted and the request is tried once more")
+        try:
+            return run()
+        except torch.OutOfMemoryError as fault:
+            raise out_of_memory(fault.with_traceback(None)) from None
 
     def _run(
         self,
@@ -170,7 +215,7 @@ class Engine:
         on_step: OnStep,
         cancelled: Callable[[], bool],
         on_preview: OnPreview | None,
-    ) -> tuple[np.ndarray, list[bool] | None, str]:
+    ) -> _Ran:
         ticket = Ticket(cancelled)
         with self.executor.job(ticket), torch.no_grad():
             parts, used = components_with(model, request.attention)
@@ -213,11 +258,6 @@ class Engine:
             images = to_uint8(out.images)
         flags = getattr(out, "nsfw_content_detected", None)
         return images, [bool(flag) for flag in flags] if flags is not None else None, used
-
-    def _expected_bytes(self, ref: ModelRef) -> int:
-        """What a model will take, from the size of its files; a cast to fp32 doubles fp16 files."""
-        files = sum(p.stat().st_size for p in Path(ref.folder).rglob("*.safetensors"))
-        return files * (2 if self.device.dtype(ref.precision) == torch.float32 else 1)
 
     def _meta(self, model: LoadedModel, attention_used: str) -> dict[str, Any]:
         dtype = str(model.dtype).removeprefix("torch.")
@@ -284,7 +324,3 @@ def _is_of_inputs(fault: Exception, inputs: dict[str, Any]) -> bool:
 
 def _ms(began: float) -> int:
     return round((time.perf_counter() - began) * 1000)
-
-
-def _out_of_memory(fault: BaseException) -> ApiError:
-    return ApiError("OUT_OF_MEMORY", f"Does not fit in memory; ask for fewer or smaller images. {str(fault)[:200]}")

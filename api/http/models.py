@@ -1,43 +1,88 @@
-"""What can be served, and where its weights are now."""
+"""What can be served, where its weights are now, and how to move them."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 from sanic import Request, Sanic
 from sanic.response import HTTPResponse, json
 
+from api.http.native import parse_object
 from api.models.description import InstalledModel
 from api.schema.catalogue import catalogue
+from api.service import memory
 from api.service.service import Service
+
+_TIERS = ("device", "host", "disk")
 
 
 def register(app: Sanic) -> None:
     """Add the routes."""
     app.add_route(list_models, "/models", methods=["GET"])
+    app.add_route(load, "/models/load", methods=["POST"])
+    app.add_route(unload, "/models/unload", methods=["POST"])
 
 
 async def list_models(request: Request) -> HTTPResponse:
-    """Every model that is here, and every one that is on its way."""
+    """Every model that is here, and every one that is on its way; how full the memory is."""
     service: Service = request.app.ctx.service
     models = await asyncio.to_thread(service.library.all)
     transfers = [msgspec.to_builtins(transfer) for transfer in service.fetcher.transfers()]
-    return json({"models": [_entry(service, model) for model in models], "transfers": transfers})
+    entries = [_entry(service, model) for model in models]
+    return json({"models": entries, "transfers": transfers, "memory": _memory(service)})
+
+
+async def load(request: Request) -> HTTPResponse:
+    """Bring a model into memory; answered when it is there."""
+    service: Service = request.app.ctx.service
+    key = await memory.load(service, parse_object(request.body))
+    return json({**_residence(service, key), "memory": _memory(service)})
+
+
+async def unload(request: Request) -> HTTPResponse:
+    """Have a model leave memory; what jobs still use leaves when they are done."""
+    service: Service = request.app.ctx.service
+    prefix = await memory.unload(service, parse_object(request.body or b"{}"))
+    return json({**_residence(service, prefix), "memory": _memory(service)})
+
+
+def _memory(service: Service) -> list[dict[str, object]]:
+    """Bytes by worker and tier, what models share counted once."""
+    return [
+        {
+            "worker": worker.info.device if worker.info else worker.device,
+            "device": {"bytes": found.device, "limit": found.device_limit, "peak": found.device_peak},
+            "host": {"bytes": found.host, "limit": found.host_limit},
+        }
+        for worker in service.dispatcher.workers
+        if (found := worker.memory)
+    ]
+
+
+def _residence(service: Service, prefix: str) -> dict[str, Any]:
+    """Where a model's weights are: its highest tier on any worker, bytes on all of them."""
+    found = memory.held(service.dispatcher.workers, prefix)
+    used = max((held.used for held in found), default=0.0)
+    return {
+        "tier": min((held.tier for held in found), key=_TIERS.index, default="disk"),
+        "bytes": {"host": sum(held.host for held in found), "device": sum(held.device for held in found)},
+        "leases": sum(held.leases for held in found),
+        "last_used": round(used * 1000) if used else None,
+        "pinned": next((held.pin for held in found if held.pin), None),
+    }
 
 
 def _entry(service: Service, model: InstalledModel) -> dict[str, object]:
-    prefix = f"{model.folder}@{model.revision}:"
-    resident = {
-        key: size for w in service.dispatcher.workers for key, size in w.models.items() if key.startswith(prefix)
-    }
+    residence = _residence(service, f"{model.folder}@{model.revision}:")
     return {
         "MODEL_ID": model.model_id,
         "MODEL_REVISION": model.revision,
         "key": model.key or None,
         "source": model.source or None,
-        "tier": "device" if resident else "disk",
-        "bytes": {"disk": model.bytes, "device": sum(resident.values())},
+        **residence,
+        "bytes": {"disk": model.bytes, **residence["bytes"]},
         "class": model.class_name,
         "scheduler": model.scheduler,
         "pipelines": sorted(catalogue().tasks_of(model.class_name).values()),

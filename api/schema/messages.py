@@ -18,9 +18,47 @@ DEVICE_LOST = 70
 
 
 class Load(msgspec.Struct, tag=True):
-    """Bring a model into memory ahead of any request."""
+    """Bring a model into memory ahead of any request.
+
+    Attributes:
+        id: to be answered with ``Answer``; empty: nobody waits for that.
+        tier: ``device`` or ``host``.
+        pin: it is not evicted from there.
+        evict: others may be evicted for it.
+    """
 
     model: ModelRef
+    id: str = ""
+    tier: str = "device"
+    pin: bool = False
+    evict: bool = True
+
+
+class Unload(msgspec.Struct, tag=True):
+    """Have a model leave the device once its jobs are done, and with ``to`` = ``disk`` memory altogether."""
+
+    key: str
+    id: str
+    to: str = "disk"
+
+
+class Stage(msgspec.Struct, tag=True):
+    """The models of the jobs that wait, the next one first: to be in the host's memory, as far as there is room."""
+
+    models: list[ModelRef]
+
+
+class Due(msgspec.Struct, tag=True):
+    """How long a request, which follows, may wait for a model. ``time.monotonic``, which is one for all processes.
+
+    Attributes:
+        overdue: until when others may go before it.
+        deadline: when its result is of no use any more.
+    """
+
+    id: str
+    overdue: float
+    deadline: float
 
 
 class Generate(msgspec.Struct, tag=True):
@@ -52,10 +90,51 @@ class Ready(msgspec.Struct, tag=True):
     slots: int
 
 
-class Loaded(msgspec.Struct, tag=True):
-    """The models that are in the worker's memory now, in bytes, least recently used first."""
+class Held(msgspec.Struct):
+    """A model of which something is in a worker's memory.
 
-    models: dict[str, int]
+    Attributes:
+        ref: which model.
+        tier: ``device``, ``host`` or ``disk``: the highest one that has all of it.
+        device: bytes of its parts on the device; those that it shares are counted for each model.
+        host: the same in the host's memory.
+        leases: jobs that hold it.
+        pin: the tier that it is pinned to, or nothing.
+        used: when it was last used, Unix time.
+    """
+
+    ref: ModelRef
+    tier: str
+    device: int
+    host: int
+    leases: int
+    pin: str
+    used: float
+
+
+class Memory(msgspec.Struct):
+    """Bytes that models take in a worker's tiers, what is shared counted once, and what they may take."""
+
+    device: int
+    device_limit: int
+    device_peak: int
+    host: int
+    host_limit: int
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """The models that are in the worker's memory now, by key, least recently used first."""
+
+    models: dict[str, Held]
+    memory: Memory
+
+
+class Answer(msgspec.Struct, tag=True):
+    """``Load`` or ``Unload`` is done. ``code`` and ``message`` are empty if it went well."""
+
+    id: str
+    code: str = ""
+    message: str = ""
 
 
 class Alive(msgspec.Struct, tag=True):
@@ -126,10 +205,10 @@ class Failed(msgspec.Struct, tag=True):
     stack: str
 
 
-ToWorker = Load | Generate | Cancel
+ToWorker = Load | Unload | Stage | Due | Generate | Cancel
 OnTheWay = Phase | Progress | Preview
 AboutJob = OnTheWay | Computed | Done | Failed
-FromWorker = Ready | Loaded | Alive | AboutJob
+FromWorker = Ready | Loaded | Answer | Alive | AboutJob
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker = msgspec.msgpack.Decoder(ToWorker)

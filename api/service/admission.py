@@ -108,7 +108,7 @@ class Admission:
         if "preview" in options and on_event is None:
             message = "Previews are events, and this answer has none: send streamEvents as well, or a job for later."
             raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
-        ref = self._ref(options)
+        ref = self.source_ref(options)
         pictures: dict[str, Picture] = {}
 
         async def check(model: InstalledModel) -> _Draft:
@@ -136,7 +136,7 @@ class Admission:
         if options.get("streamEvents"):
             message = "A job for later is not streamed to the one who sends it: read GET /jobs/{id}/events."
             raise ApiError("INVALID_INPUTS", message, field="callInputs.streamEvents")
-        ref = self._ref(options)
+        ref = self.source_ref(options)
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         if model is None:
             check_early(options, model_inputs)
@@ -164,7 +164,12 @@ class Admission:
         checks.check_size(draft.given, model, self._settings)
         return draft
 
-    def _ref(self, options: dict[str, Any]) -> SourceRef:
+    def source_ref(self, options: dict[str, Any]) -> SourceRef:
+        """What checked ``callInputs`` name, or the default.
+
+        Raises:
+            ApiError: NO_MODEL_ID, or what is wrong with the name.
+        """
         ref = read_ref(options, self._settings)
         if ref is None:
             raise ApiError(

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
+from zlib import crc32
 
 from api.errors import ApiError
+from api.order import Order
 from api.schema.generation import ModelRef
-from api.schema.messages import AboutJob, Cancel, Computed, Done, Failed, Load
+from api.schema.messages import AboutJob, Cancel, Computed, Done, Due, Failed, Load
 from api.service.blame import Blame
 from api.service.jobs import Job
 from api.service.placing import Placing
@@ -19,6 +21,8 @@ from api.settings import Settings
 
 log = logging.getLogger("api.dispatch")
 
+_AHEAD = 256
+"""How many jobs in line are looked at for what to read ahead."""
 _FIRST_GUESS = 2.0
 """Seconds a job is thought to take before any has been measured."""
 _WEIGHT = 0.2
@@ -28,9 +32,10 @@ _WEIGHT = 0.2
 class Dispatcher:
     """Feeds the workers.
 
-    A job goes to a worker with a free slot that has its model in memory, or will have it, since it was given a job of
-    it. Where these are full, ``Placing`` says for how long it waits for one before it goes to any other. When a worker
-    dies, ``Blame`` says what becomes of the jobs that it ran.
+    Jobs whose model is in a worker's memory go first, within the bounds of ``Order``. A job goes to a worker with a
+    free slot that has its model in memory, or will have it, since it was given a job of it. Where these are full,
+    ``Placing`` says for how long it waits for one before it goes to any other. Workers are told the models of the jobs
+    that wait, to read them ahead. When a worker dies, ``Blame`` says what becomes of the jobs that it ran.
 
     Args:
         settings: the size of the queue, timeouts.
@@ -43,13 +48,14 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, devices: tuple[str, ...]) -> None:
         self._settings = settings
-        self._queue: deque[Job] = deque()
+        self._queue: Order[Job] = Order(settings.max_switch_wait)
         self.initializing = False
         self.expected = 0
         self._warm: list[Load] = []
         self._jobs: dict[str, Job] = {}
         self.workers = [
-            Worker(device, settings.watchdog_timeout, self._on_message, self._on_state) for device in devices
+            Worker(device, settings.watchdog_timeout, self._on_message, self._on_state, len(devices))
+            for device in devices
         ]
         self._seconds = _FIRST_GUESS
         self._blame = Blame()
@@ -65,7 +71,7 @@ class Dispatcher:
     async def stop(self) -> None:
         """Refuse new jobs, give running ones DRAIN_TIMEOUT, then end the workers."""
         self.draining = True
-        for job in list(self._queue):
+        for job in self._queue.waiting():
             self._finish(job, ApiError("NOT_READY", "The server is shutting down; send the request again."))
         deadline = time.monotonic() + self._settings.drain_timeout
         while self._jobs and time.monotonic() < deadline:
@@ -131,7 +137,7 @@ class Dispatcher:
         if error := self._blame.refusal(job):
             raise error
         self._jobs[job.id] = job
-        self._queue.append(job)
+        self._queue.join(job, job.deadline)
         self._feed()
 
     def cancel(self, job: Job, error: ApiError) -> None:
@@ -144,48 +150,83 @@ class Dispatcher:
     def _feed(self) -> None:
         if self._look_again:
             self._look_again.cancel()
+        while (first := next(iter(self._queue.waiting(1)), None)) and first.alone:
+            empty = [worker for worker in self.workers if worker.free and not worker.running and not worker.encoding]
+            if not empty:
+                # it stands first in line: others wait, or it would never find a worker empty
+                return
+            self._queue.leave(first)
+            self._give(first, empty)
+        if any(worker.free for worker in self.workers):
+            self._advance()
+        self._stage()
+
+    def _advance(self) -> None:
         held, soonest = Counter[str](), math.inf
-        for job in list(self._queue):
+
+        def go(job: Job) -> bool:
+            nonlocal soonest
             free = [worker for worker in self.workers if worker.free]
             if not free:
-                return
-            if job.alone:
-                free = [worker for worker in free if not worker.running and not worker.encoding]
-                if not free:
-                    # it stands first in line: others wait, or it would never find a worker empty
-                    return
+                return False
             key = job.request.model.key
             warm = [worker for worker in self.workers if self._is_warm(worker, key)]
             best = [worker for worker in free if worker in warm]
-            if warm and not best and not job.alone:
+            if warm and not best:
                 slots = sum(worker.info.slots for worker in warm if worker.info)
                 wait = self._placing.wait(job, (held[key] + 1) * self._seconds / slots)
                 if wait > 0:
                     held[key] += 1
                     soonest = min(soonest, wait)
-                    continue
-            self._queue.remove(job)
-            self._give(job, max(best or free, key=lambda worker: worker.free))
+                    return False
+            self._give(job, best or free)
+            return True
+
+        self._queue.advance(self._is_ready, go)
         if soonest < math.inf:
             self._look_again = asyncio.get_running_loop().call_later(soonest, self._feed)
+
+    def _is_ready(self, job: Job) -> bool:
+        """Whether a worker that is free has its model in memory."""
+        return any(worker.free and worker.has(job.request.model.key, "device") for worker in self.workers)
 
     def _is_warm(self, worker: Worker, key: str) -> bool:
         """Whether a worker has a model in memory, or is about to: then others of a burst need not load it elsewhere."""
         if not worker.ready:
             return False
         jobs = (self._jobs.get(job_id) for job_id in worker.running)
-        return key in worker.models or any(job and job.request.model.key == key for job in jobs)
+        return worker.has(key, "device") or any(job and job.request.model.key == key for job in jobs)
 
-    def _give(self, job: Job, worker: Worker) -> None:
+    def _give(self, job: Job, free: list[Worker]) -> None:
+        key = job.request.model.key
+        worker = max(
+            free,
+            key=lambda w: (w.has(key, "device"), w.has(key, "host"), job.request.model in w.staged, w.free),
+        )
         job.start()
         worker.alone = job.alone
+        worker.send(Due(job.id, self._queue.overdue_at(job), job.deadline))
         worker.run(job.id, job.framed)
+
+    def _stage(self) -> None:
+        """Tell each worker what to read ahead: the models of jobs that wait, each on the worker that will get them."""
+        ready = [worker for worker in self.workers if worker.ready]
+        if not ready:
+            return
+        wanted = {job.request.model.key: job.request.model for job in self._queue.waiting(_AHEAD)}
+        lists: dict[Worker, list[ModelRef]] = {worker: [] for worker in ready}
+        for key, ref in wanted.items():
+            having = [worker for worker in ready if worker.has(key, "device") or worker.has(key, "host")]
+            # where none has it, the same one as the last time
+            for worker in having or [ready[crc32(key.encode()) % len(ready)]]:
+                lists[worker].append(ref)
+        for worker, refs in lists.items():
+            worker.stage(refs)
 
     def _finish(self, job: Job, error: ApiError) -> None:
         job.fail(error)
         self._jobs.pop(job.id, None)
-        if job in self._queue:
-            self._queue.remove(job)
+        self._queue.leave(job)
 
     def _on_message(self, worker: Worker, message: AboutJob) -> None:
         job = self._jobs.get(message.id)
@@ -234,7 +275,7 @@ class Dispatcher:
             else:
                 job.requeue()
                 job.alone = True
-                self._queue.appendleft(job)
-        for job in list(self._queue):
+                self._queue.join(job, job.deadline, first=True)
+        for job in self._queue.waiting():
             if error := self._blame.refusal(job):  # the same as the one that was to blame
                 self._finish(job, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -46,6 +47,7 @@ class Job:
         request: what is to be done.
         on_event: called with what the worker reports on the way.
         timings: milliseconds by phase of what came before, to be told with the result.
+        patience: seconds after which nobody waits for it any more.
 
     Attributes:
         framed: the message that gives it to a worker.
@@ -62,6 +64,7 @@ class Job:
         request: GenerationRequest,
         on_event: Callable[[OnTheWay], None] | None = None,
         timings: dict[str, int] | None = None,
+        patience: float = math.inf,
     ) -> None:
         self.request = request
         self._timings = timings or {}
@@ -71,6 +74,7 @@ class Job:
         self.lone_deaths = 0
         self.held: float | None = None
         self.created = time.monotonic()
+        self.deadline = self.created + patience
         self.started: float | None = None
         self._on_event = on_event
         self._outcome: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()

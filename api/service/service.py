@@ -16,7 +16,7 @@ from api.errors import ApiError
 from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef
-from api.schema.generation import GenerationResult
+from api.schema.generation import GenerationResult, ModelRef
 from api.schema.messages import OnTheWay
 from api.schema.transfers import Transfer
 from api.service.admission import Admission, Admitted
@@ -140,6 +140,18 @@ class Service:
         """
         await self._admission.check(model_inputs, call_inputs)
 
+    def source_ref(self, options: dict[str, Any]) -> SourceRef:
+        """What checked ``callInputs`` name.
+
+        Raises:
+            ApiError: NO_MODEL_ID, or what is wrong with the name.
+        """
+        return self._admission.source_ref(options)
+
+    def model_ref(self, model: InstalledModel, ref: SourceRef) -> ModelRef:
+        """What a worker knows a model by."""
+        return self._admission.model_ref(model, ref)
+
     def submit(self, admitted: Admitted, on_event: Callable[[OnTheWay], None] | None = None) -> Job:
         """Put a request in line; ``finish`` waits for it.
 
@@ -150,7 +162,7 @@ class Service:
         Raises:
             ApiError: the queue is full, or the server cannot run jobs.
         """
-        job = Job(admitted.request, on_event, admitted.timings)
+        job = Job(admitted.request, on_event, admitted.timings, self.settings.request_timeout)
         self.dispatcher.submit(job)
         return job
 

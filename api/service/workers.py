@@ -16,16 +16,23 @@ import socket
 import sys
 from collections.abc import Callable
 
+from api.schema.generation import ModelRef
 from api.schema.messages import (
     DEVICE_LOST,
     HEADER,
     AboutJob,
     Alive,
+    Answer,
     Cancel,
+    Due,
     FromWorker,
+    Held,
     Load,
     Loaded,
+    Memory,
     Ready,
+    Stage,
+    Unload,
     frame,
     parse_from_worker,
 )
@@ -63,6 +70,7 @@ class Worker:
             is silent until torch is imported.
         on_message: called with every message about a job.
         on_state: called when the worker becomes ready or dies; ``worker.ready`` says which.
+        workers: how many share the host's memory.
 
     Attributes:
         running: ids of the jobs that share the device.
@@ -71,6 +79,9 @@ class Worker:
         crashed: its last death points at what it ran: it hung, its device was lost, or it had a fault. One that
             somebody else killed, such as the kernel for want of memory, does not.
         defunct: it does not start; tried again now and then.
+        models: what is in its memory, by key, least recently used first.
+        memory: how full its tiers are.
+        staged: the models that it was last asked to read ahead.
     """
 
     def __init__(
@@ -79,10 +90,16 @@ class Worker:
         patience: float,
         on_message: Callable[[Worker, AboutJob], None],
         on_state: Callable[[Worker], None],
+        workers: int = 1,
     ) -> None:
         self.device = device
         self.info: Ready | None = None
-        self.models: dict[str, int] = {}
+        self.models: dict[str, Held] = {}
+        self.memory: Memory | None = None
+        self.staged: list[ModelRef] = []
+        self._lost: list[Held] = []
+        self._asked: dict[str, asyncio.Future[Answer]] = {}
+        self._workers = workers
         self.ready = False
         self.restarts = 0
         self.defunct = False
@@ -141,7 +158,28 @@ class Worker:
         if self._writer and not self._writer.is_closing():
             self.send(load)
 
-    def send(self, message: Load | Cancel) -> None:
+    def has(self, key: str, tier: str) -> bool:
+        """Whether all of a model is in ``device`` or ``host`` memory."""
+        return key in self.models and self.models[key].tier == tier
+
+    async def ask(self, message: Load | Unload) -> Answer:
+        """Send a message and wait until it is done."""
+        if not self.ready:
+            return Answer(message.id, "NOT_READY", "The worker is not ready; send the request again later.")
+        asked = self._asked[message.id] = asyncio.get_running_loop().create_future()
+        try:
+            self.send(message)
+            return await asked
+        finally:
+            del self._asked[message.id]
+
+    def stage(self, refs: list[ModelRef]) -> None:
+        """Have these models, and no others, read ahead."""
+        if refs != self.staged:
+            self.staged = refs
+            self.send(Stage(refs))
+
+    def send(self, message: Load | Unload | Stage | Due | Cancel) -> None:
         """Send a message to the living incarnation."""
         self._write(frame(message))
 
@@ -203,7 +241,12 @@ class Worker:
 
     def _ended(self) -> None:
         """The process is gone, and with it everything that is known of it."""
-        self.ready, self.models, self.info = False, {}, None
+        # one that died before it was ready may have died of these
+        self._lost = [held for held in reversed(self.models.values()) if held.pin or held.tier == "device"]
+        self.ready, self.models, self.info, self.memory, self.staged = False, {}, None, None, []
+        for id, asked in self._asked.items():
+            if not asked.done():
+                asked.set_result(Answer(id, "WORKER_DIED", "The worker died meanwhile; send the request again."))
         if self._alarm:
             self._alarm.cancel()
         if self._writer:
@@ -219,6 +262,8 @@ class Worker:
                 "api.worker",
                 str(theirs.fileno()),
                 self.device,
+                "--workers",
+                str(self._workers),
                 pass_fds=(theirs.fileno(),),
                 env={**PREFERENCES, **os.environ, **_ENVIRONMENT},
                 stdin=asyncio.subprocess.DEVNULL,
@@ -237,6 +282,14 @@ class Worker:
             self.crashed = self.crashed or code == DEVICE_LOST or -code in _FAULTS
             self._ended()
 
+    def _restore(self) -> None:
+        """Have the models back that requests had brought into its memory, those used last first, as far as they fit."""
+        warm = {load.model.key for load in self._warm}
+        for held in sorted(self._lost, key=lambda held: not held.pin):
+            if held.pin or held.ref.key not in warm:
+                self.send(Load(held.ref, tier=held.pin or "device", pin=bool(held.pin), evict=False))
+        self._lost = []
+
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while True:
             (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
@@ -253,9 +306,13 @@ class Worker:
                 (message.ready_ms - message.torch_ms) / 1000,
             )
             self._heard(0.0)
+            self._restore()
             self._on_state(self)
         elif isinstance(message, Loaded):
-            self.models = message.models
+            self.models, self.memory = message.models, message.memory
+        elif isinstance(message, Answer):
+            if (asked := self._asked.get(message.id)) and not asked.done():
+                asked.set_result(message)
         elif isinstance(message, Alive):
             self._heard(message.stalled)
         else:

@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("fd", type=int)
     parser.add_argument("device")
+    parser.add_argument("--workers", type=int, default=1, help="how many share the host's memory")
     args = parser.parse_args()
     settings = Settings.from_env()
     logs.configure(settings.log_format, settings.log_level)
@@ -41,13 +42,15 @@ def main() -> None:
     import torch  # noqa: F401  first, to know how long the rest takes
 
     torch_ms = round((time.perf_counter() - began) * 1000)
+    from api.engine.budgets import budgets, host_memory
     from api.engine.device import Device
     from api.engine.generate import Engine
     from api.worker.worker import Worker
 
     _quiet_libraries()
     device = Device(args.device, required=bool(settings.devices))
-    engine = Engine(device)
+    limits = budgets(settings.vram_limit, settings.ram_limit, device.memory(), host_memory(), args.workers)
+    engine = Engine(device, limits, longest_wait=settings.max_switch_wait, idle_timeout=settings.model_idle_timeout)
     init_ms = round((time.perf_counter() - began) * 1000)
     worker = Worker(link, engine, settings.max_concurrency, init_ms)
     worker.tell_alive()

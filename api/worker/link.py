@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import socket
 import threading
 
-from api.schema.messages import HEADER, Cancel, FromWorker, Generate, Load, frame, parse_to_worker
+from api.schema.messages import (
+    HEADER,
+    Cancel,
+    Due,
+    FromWorker,
+    Generate,
+    Load,
+    Stage,
+    Unload,
+    frame,
+    parse_to_worker,
+)
 
 
 class Link:
@@ -27,9 +39,10 @@ class Link:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._sending = threading.Lock()
-        self.inbox: queue.SimpleQueue[Load | Generate | Cancel] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Load | Unload | Stage | Generate | Cancel] = queue.SimpleQueue()
         self._known: set[str] = set()
         self._cancelled: set[str] = set()
+        self._due: dict[str, Due] = {}
         threading.Thread(target=self._listen, name="link", daemon=True).start()
 
     def send(self, message: FromWorker) -> None:
@@ -42,10 +55,15 @@ class Link:
         """Whether the service has asked to stop this job."""
         return job_id in self._cancelled
 
+    def due(self, job_id: str) -> Due:
+        """How long a job may wait."""
+        return self._due.get(job_id) or Due(job_id, math.inf, math.inf)
+
     def forget(self, job_id: str) -> None:
         """The job is over: a cancel that comes late means nothing."""
         self._known.discard(job_id)
         self._cancelled.discard(job_id)
+        self._due.pop(job_id, None)
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError), self._sock.makefile("rb") as stream:
@@ -55,6 +73,9 @@ class Link:
                     if message.id in self._known:
                         self._cancelled.add(message.id)
                         self.inbox.put(message)
+                    continue
+                if isinstance(message, Due):
+                    self._due[message.id] = message
                     continue
                 if isinstance(message, Generate):
                     self._known.add(message.request.id)

@@ -23,6 +23,7 @@ from api.schema.generation import GenerationRequest, GenerationResult
 from api.schema.messages import (
     DEVICE_LOST,
     Alive,
+    Answer,
     Computed,
     Done,
     Failed,
@@ -33,6 +34,8 @@ from api.schema.messages import (
     Phase,
     Preview,
     Progress,
+    Stage,
+    Unload,
 )
 from api.worker.link import Link
 from api.worker.pulse import Pulse
@@ -41,6 +44,8 @@ log = logging.getLogger("api.worker")
 _ENCODERS = 4
 _ALIVE = 2.0
 """Seconds between two signs of life."""
+_LOOK = 0.25
+"""Seconds between two looks whether something in memory has moved that the service has not been told of."""
 _PREVIEW = ("JPEG", 90)
 """Format and quality: what has few pixels needs all of their colours, which JPEG keeps from 90 on; and noise, which the
 first previews are full of, takes several times the bytes as PNG."""
@@ -82,6 +87,9 @@ class Worker:
         self._pulse = Pulse(engine.executor)
         self._jobs = ThreadPoolExecutor(slots, thread_name_prefix="job")
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
+        self._loads = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._reporting = threading.Lock()
+        self._reported = -1
 
     def tell_alive(self) -> None:
         """Give signs of life from now on, in a thread."""
@@ -92,35 +100,58 @@ class Worker:
         while True:
             message = self._link.inbox.get()
             if isinstance(message, Load):
-                self._jobs.submit(self.warm, message)
+                self._loads.submit(self.warm, message)
+            elif isinstance(message, Unload):
+                self._engine.cache.unload(message.key, message.to)
+                self._report()
+                self._link.send(Answer(message.id))
+            elif isinstance(message, Stage):
+                self._engine.want(message.models)
             elif isinstance(message, Generate):
                 self._jobs.submit(self._run, message.request, message.events)
             else:
-                self._engine.executor.wake()
+                self._engine.wake()
 
     def _tell_alive(self) -> None:
-        released = before = 0
+        told, released, before = 0.0, 0, 0
         while True:
-            runs = self._engine.executor.runs
-            self._link.send(Alive(self._pulse.stalled()))
-            if released != runs == before:  # nothing ran for a while, and something did before
-                release_host_memory()
-                released = runs
-            before = runs
-            time.sleep(_ALIVE)
+            now = time.monotonic()
+            if now - told >= _ALIVE:
+                told, runs = now, self._engine.executor.runs
+                self._link.send(Alive(self._pulse.stalled()))
+                if released != runs == before:  # nothing ran for a while, and something did before
+                    release_host_memory()
+                    released = runs
+                before = runs
+            if self._engine.cache.tiers.version != self._reported:
+                self._report()
+            time.sleep(_LOOK)
+
+    def _report(self) -> None:
+        """Say what is in memory."""
+        cache = self._engine.cache
+        with self._reporting:  # what is told last is what was so last
+            self._reported = cache.tiers.version
+            self._link.send(Loaded(cache.held(), cache.memory()))
 
     def warm(self, message: Load) -> None:
         """Load a model ahead of any request; a fault is logged, and told again to who asks for it."""
+        answer = Answer(message.id)
         try:
             with self._pulse.working():
-                self._engine.load(message.model)
+                self._engine.load(message.model, message.tier, pin=message.pin, evict=message.evict)
         except ApiError as error:
             _end_if_lost(error)
-            log.error("%s: %s", error.code, error.message)
+            log.log(logging.ERROR if message.evict else logging.INFO, "%s: %s", error.code, error.message)
+            answer = Answer(message.id, error.code, error.message)
         except Exception as fault:
             _end_if_lost(fault)
             log.exception("%s cannot be loaded", message.model.model_id)
-        self._link.send(Loaded(self._engine.cache.sizes()))
+            what = f"{message.model.model_id} cannot be loaded ({type(fault).__name__}); the server's log says more."
+            answer = Answer(message.id, "INTERNAL_ERROR", what)
+        self._report()
+        if message.id:
+            self._link.send(answer)
 
     def _run(self, request: GenerationRequest, events: bool) -> None:
         with self._pulse.working():
@@ -128,6 +159,7 @@ class Worker:
 
     def _generate(self, request: GenerationRequest, events: bool) -> None:
         link, job = self._link, request.id
+        due = link.due(job)
 
         def tell(event: OnTheWay) -> None:
             if events:
@@ -146,9 +178,11 @@ class Worker:
                 on_phase=lambda kind, status: tell(Phase(job, kind, status)),
                 cancelled=lambda: link.is_cancelled(job),
                 on_preview=show if events else None,
+                deadline=due.deadline,
+                overdue=due.overdue,
             )
             if "loadModel" in generated.timings:
-                link.send(Loaded(self._engine.cache.sizes()))
+                self._report()
             self._hand_over(request, generated)
         except Cancelled:
             link.send(Failed(job, "CANCELLED", "The job was cancelled.", {}, ""))

@@ -10,7 +10,7 @@ import pytest
 
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
-from api.schema.messages import Computed, Done, Failed, FromWorker, Loaded, Ready
+from api.schema.messages import Computed, Done, Failed, FromWorker, Held, Loaded, Memory, Ready
 from api.service.blame import Blame
 from api.service.dispatch import Dispatcher
 from api.service.jobs import Job, JobState
@@ -198,7 +198,8 @@ def test_a_refusal_says_how_long_it_lasts() -> None:
 
 
 def has(pool: Pool, worker: Worker, *models: str) -> None:
-    pool.says(worker, Loaded({ref_of(model).key: 1 for model in models}))
+    held = {ref_of(model).key: Held(ref_of(model), "device", 1, 1, 0, "", 0.0) for model in models}
+    pool.says(worker, Loaded(held, Memory(1, 2, 1, 1, 2)))
 
 
 def looks(pool: Pool, *, after: float) -> None:

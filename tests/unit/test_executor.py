@@ -243,6 +243,35 @@ def test_an_error_of_something_exclusive_is_its_callers(executor: Executor) -> N
     assert executor.exclusively(lambda: 5) == 5
 
 
+def test_what_runs_on_the_device_comes_between_the_calls_of_jobs_that_go_on(executor: Executor) -> None:
+    module = Recorder()
+    begun, go_on, seen = threading.Event(), threading.Event(), list[str]()
+
+    def between() -> int:
+        seen.append(threading.current_thread().name)
+        return 5
+
+    def job() -> None:
+        with executor.job(Ticket()) as ticket:
+            begun.set()
+            go_on.wait(5)  # not parked: whoever runs exclusively would wait for it
+            executor.run(ticket, module.forward, (torch.ones(1, 1),), {})
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("gone")
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        running = pool.submit(job)
+        begun.wait(5)
+        assert pool.submit(executor.on_device, between).result(5) == 5
+        with pytest.raises(torch.OutOfMemoryError):
+            executor.on_device(fails)
+        go_on.set()
+        running.result(5)
+    assert seen == ["device"]
+    assert module.rows == [1]
+
+
 def test_no_gradients_are_kept(executor: Executor) -> None:
     module = nn.Linear(1, 1)
     with executor.job(Ticket()) as ticket:

@@ -17,17 +17,18 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli": {"http", "service", "models", "schema", "settings", "errors", "logs", "__init__"},
     "http": {"service", "models", "schema", "settings", "errors"},
-    "service": {"models", "schema", "settings", "errors"},
+    "service": {"models", "schema", "settings", "errors", "order"},
     "models": {"schema", "settings", "errors"},
     "worker": {"engine", "schema", "settings", "errors", "logs"},
-    "engine": {"models", "schema", "settings", "errors"},
+    "engine": {"models", "schema", "settings", "errors", "order"},
     "schema": set(),
     "settings": set(),
     "errors": set(),
+    "order": set(),
     "logs": set(),
 }
 HEAVY = {"torch", "diffusers", "transformers"}
-LIGHT_ROOMS = {"cli", "http", "service", "models", "schema", "settings", "errors", "logs"}
+LIGHT_ROOMS = {"cli", "http", "service", "models", "schema", "settings", "errors", "order", "logs"}
 
 
 def room_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from api.engine.executor import Executor
 from api.engine.generate import Generated, _is_of_inputs
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef
-from api.schema.messages import Computed, Done, Failed, FromWorker, Load
+from api.schema.messages import Computed, Done, Due, Failed, FromWorker, Held, Load, Memory
 from api.worker.worker import Worker
 
 REF = ModelRef("m", "r", "fp32", "/m")
@@ -40,6 +41,9 @@ class FakeLink:
     def is_cancelled(self, job_id: str) -> bool:
         return False
 
+    def due(self, job_id: str) -> Due:
+        return Due(job_id, math.inf, math.inf)
+
     def forget(self, job_id: str) -> None: ...
 
     def of(self, kind: type) -> list[Any]:
@@ -50,7 +54,8 @@ class FakeEngine:
     """Generates black images, or does what a test says."""
 
     def __init__(self) -> None:
-        self.device = self.cache = self
+        self.device = self.cache = self.tiers = self
+        self.version = 0
         self.executor = Executor()
         self.generating: Callable[[], None] = lambda: None
         self.loading: Callable[[], None] = lambda: None
@@ -61,11 +66,14 @@ class FakeEngine:
         side = request.inputs["side"]
         return Generated(np.zeros((1, side, side, 3), np.uint8), {}, {}, None)
 
-    def load(self, ref: ModelRef) -> None:
+    def load(self, ref: ModelRef, tier: str, *, pin: bool, evict: bool) -> None:
         self.loading()
 
-    def sizes(self) -> dict[str, int]:
+    def held(self) -> dict[str, Held]:
         return {}
+
+    def memory(self) -> Memory:
+        return Memory(0, 0, 0, 0, 0)
 
     def mem_usage(self) -> float:
         self.measuring()

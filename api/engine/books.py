@@ -1,0 +1,130 @@
+"""The entries in the books of the tiers: parts, models, and what is under way. ``tiers`` keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+
+class Piece(Protocol):
+    """What the books must know of a part; ``PartSpec`` is one."""
+
+    @property
+    def key(self) -> str:
+        """Equal for the same weights."""
+
+    @property
+    def architecture(self) -> str:
+        """Equal for parts that can take each other's place."""
+
+    @property
+    def bytes(self) -> int:
+        """In memory."""
+
+
+class State(Enum):
+    """Of a part in one tier."""
+
+    ABSENT = "absent"
+    COMING = "coming"
+    """Being read into the host's memory, or copied onto the device."""
+    HELD = "held"
+
+
+class Turn(Enum):
+    """What to do about a part that is to be in the host's memory."""
+
+    READ = "read"
+    """Read it; then say ``read_done`` or ``read_failed``."""
+    HELD = "held"
+    """It is there."""
+    BUSY = "busy"
+    """Another reads it."""
+    FULL = "full"
+    """There is no room until others are done."""
+
+
+class NeverFits(Exception):
+    """A model does not fit, whatever is evicted.
+
+    Args:
+        needed: bytes that it takes.
+        limit: bytes there are for it.
+        pinned: bytes of them that are taken by pinned models.
+        tier: ``device`` or ``host``.
+    """
+
+    def __init__(self, needed: int, limit: int, pinned: int, tier: str) -> None:
+        super().__init__(f"{needed} bytes do not fit in the {limit} of the {tier}, of which {pinned} are pinned")
+        self.needed, self.limit, self.pinned, self.tier = needed, limit, pinned, tier
+
+
+@dataclass(eq=False)
+class Part:
+    """A part's entry in the books.
+
+    Attributes:
+        host: its state in the host's memory.
+        device: its state on the device.
+        reader: somebody is reading it; else what is COMING to the host is a promise to one who will.
+        owner: whose copy to the device is on its way.
+        used: when a model with it was last used.
+        models: those it belongs to.
+    """
+
+    key: str
+    architecture: str
+    bytes: int
+    host: State = State.ABSENT
+    device: State = State.ABSENT
+    reader: bool = False
+    owner: Begun | None = None
+    used: float = 0.0
+    models: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Model:
+    """A model's entry in the books.
+
+    Attributes:
+        leases: of running jobs, and of those that load it.
+        pin: the tier that it is not evicted from, ``device`` or ``host``.
+        leaving: where it goes when its last lease ends: ``host`` or ``disk``.
+    """
+
+    parts: tuple[str, ...]
+    leases: int = 0
+    pin: str | None = None
+    used: float = 0.0
+    leaving: str | None = None
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What has left a tier, by the keys of the parts: whoever has it is to forget it."""
+
+    device: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.device or self.host)
+
+
+@dataclass(eq=False)
+class Begun:
+    """A model is leased, and its way to the device is free.
+
+    Attributes:
+        copy: the parts that its caller has to bring there, those in the host's memory first: once they are on the
+            device they no longer stand in the way of the others.
+        onto: for some of them, a part of the same architecture whose place on the device they take over.
+        moves: what left.
+    """
+
+    model: str
+    copy: tuple[str, ...]
+    onto: Mapping[str, str]
+    moves: Moves
