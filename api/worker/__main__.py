@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import socket
 import time
@@ -38,6 +39,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and `docker stop` are the service's to handle
         signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=args.fd))  # listens while torch is imported
+    # half a million objects that stay: to look at them takes a quarter of the time of the imports, and 0.2 s later on
+    gc.disable()
 
     import torch  # noqa: F401  first, to know how long the rest takes
 
@@ -52,6 +55,8 @@ def main() -> None:
     limits = budgets(settings.vram_limit, settings.ram_limit, device.memory(), host_memory(), args.workers)
     engine = Engine(device, limits, longest_wait=settings.max_switch_wait, idle_timeout=settings.model_idle_timeout)
     init_ms = round((time.perf_counter() - began) * 1000)
+    gc.freeze()
+    gc.enable()
     worker = Worker(link, engine, settings.max_concurrency, init_ms)
     worker.tell_alive()
     while not link.inbox.empty():
