@@ -99,8 +99,8 @@ def test_streams_at_once_show_what_they_show_alone(server: Server) -> None:
         one, other = previews_of(ours), previews_of(theirs)
         assert [p["step"] for p in one] == [p["step"] for p in other]
         for a, b in zip(one, other, strict=True):
-            # a level more or less may fall on the other side of a step of the JPEG's
-            assert np.abs(pixels(a["image_base64"]).astype(int) - pixels(b["image_base64"])).max() <= 12
+            # a level more or less may fall on the other side of a step of the JPEG's; another's preview is far away
+            assert np.abs(pixels(a["image_base64"]).astype(int) - pixels(b["image_base64"])).mean() <= 2
 
 
 def test_a_job_for_later_shows_its_newest_preview_until_it_is_over(fresh: Server) -> None:
