@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 MOST_ROWS = 64
-_PAYS = 1.05
-"""A batch must give this much more rows a second than the best smaller one."""
+_PAYS = 0.07
+"""By which power of its size a batch must give more rows a second than the best smaller one: 5 % for twice the rows, and
+as much less for less. A fixed step would keep sizes out that lie close to each other, each a little better."""
 _SAMPLES = 5
 _ENOUGH = 3
 _GUESS = 0.02
@@ -54,13 +55,13 @@ class Curve:
 
         Not the first that is not: one size that was measured in a bad moment would keep all larger ones away.
         """
-        best, paying, largest = 0.0, MOST_ROWS, 0
+        best, paying, largest = 0.0, 1, 0
         for rows in sorted(self._times):
             if len(self._times[rows]) < _ENOUGH:
                 continue
             # the fastest of a few: what else a machine does makes calls slower, never faster
             largest, speed = rows, rows / min(self._times[rows])
-            if speed >= best * _PAYS:
+            if speed >= best * (rows / paying) ** _PAYS:
                 best, paying = speed, rows
         return paying if paying < largest else MOST_ROWS
 
