@@ -186,6 +186,7 @@ def rejoin(outputs: Sequence[Any]) -> Any:
 
 @lru_cache(maxsize=256)
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Of a method's function, which lives as long as its class; others hold what they close over."""
     return inspect.signature(function)
 
 
@@ -193,7 +194,8 @@ def _bind(
     function: Callable[..., Any], owner: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """The arguments by name, those that are None by default left out."""
-    signature = _signature(getattr(function, "__func__", function))
+    of_class = getattr(function, "__func__", None)
+    signature = _signature(of_class) if of_class else inspect.signature(function)
     try:
         bound = signature.bind(*((None,) if hasattr(function, "__func__") else ()), *args, **kwargs)
     except TypeError:

@@ -416,6 +416,20 @@ def test_after_the_end_nobody_waits_for_ever() -> None:
             call()
 
 
+def test_what_is_run_on_the_device_is_not_kept(executor: Executor) -> None:
+    """What places a part of a model holds its weights."""
+    held = []
+    for run in (executor.on_device, executor.exclusively):
+        weights = torch.zeros(8)
+        held.append(weakref.ref(weights))
+        run(lambda weights=weights: float(weights.sum()))
+        run((lambda weights: lambda: float(weights.sum()))(weights))
+        del weights
+    executor.on_device(gc.collect)
+    gc.collect()
+    assert [each() for each in held] == [None, None]
+
+
 def test_what_a_failed_or_finished_call_held_is_free_at_once(executor: Executor) -> None:
     """Without waiting for a collection of circles: on a device these are the activations of whole batches."""
     held: list[weakref.ref[torch.Tensor]] = []
