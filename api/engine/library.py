@@ -75,7 +75,8 @@ def _load(
 class Weightless:
     """Tokenizers, schedulers and the like, read once for all models that have the same.
 
-    They are never changed in place: jobs get copies of schedulers, and take turns at tokenizers.
+    They are never changed in place: each model gets its own (``owning``), jobs get copies of schedulers, and all take
+    turns at tokenizers.
     """
 
     def __init__(self) -> None:

@@ -23,6 +23,7 @@ from api.engine import skeletons
 from api.engine.device import Device
 from api.engine.headers import broken, read_header
 from api.engine.library import Weightless, load_module
+from api.engine.owning import own, shared_unless_changed
 from api.engine.parts import HostPart, PartSpec
 from api.engine.reading import BufferPart, Spare, read
 from api.engine.skeletons import NotExactError, Skeleton, build
@@ -296,11 +297,16 @@ class PartLoader:
         folder = Path(ref.folder)
         with spending("build"), naming(ref):
             rest = [part for part in components(folder) if not part.has_weights]
-            given = {**modules, **{part.name: self._weightless.get(part) for part in rest}}
+            shared = {**modules, **{part.name: self._weightless.get(part) for part in rest}}
+            given = {name: own(part) for name, part in shared.items()}  # constructors write to what they are given
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 ref.folder, **given, local_files_only=True, trust_remote_code=False
             )
-            return LoadedModel(ref, self._device.dtype(ref.precision), pipe)
+            model = LoadedModel(ref, self._device.dtype(ref.precision), pipe)
+            for name, module in modules.items():
+                if model.components.get(name) is given[name]:
+                    model.components[name] = shared_unless_changed(given[name], module)
+            return model
 
 
 def _planned(component: Component, dtype: torch.dtype, variant: str | None) -> _Plan:
