@@ -379,11 +379,12 @@ def fill(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor], device: torch.
     for slot, owners in zip(skeleton.slots, skeleton.owners, strict=True):
         tensor = tensors[slot.targets[0]]
         parameter = nn.Parameter(tensor, requires_grad=False) if any(owner[2] for owner in owners) else None
+        buffer = tensor.detach()  # another object: one that the host keeps would be given other memory with the module
         for part, leaf, is_parameter in owners:
             if is_parameter:
                 memo[id(part)]._parameters[leaf] = parameter
             else:
-                memo[id(part)]._buffers[leaf] = tensor
+                memo[id(part)]._buffers[leaf] = buffer
     moved: dict[int, torch.Tensor] = {}
     for part, name in skeleton.computed:
         if (buffer := part._buffers.get(name)) is not None:

@@ -186,6 +186,29 @@ def test_a_module_takes_over_what_was_put_elsewhere_since(models: Path) -> None:
     the_same(loader.place(spec, loader.read(spec), module), whole(loader, ref_to(models / "b"))["unet"])
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_what_the_host_keeps_stays_what_it_is_when_a_module_is_taken_over(shares: bool, tmp_path: Path) -> None:
+    loader = PartLoader(AnyDevice(shares))
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        vae = diffusers.AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(8,),
+            layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        )  # fmt: skip
+        vae.bn.running_mean.normal_()  # buffers that are in the files
+        vae.save_pretrained(tmp_path / name / "vae")
+        index = {"_class_name": "Flux2Pipeline", "vae": ["diffusers", "AutoencoderKLFlux2"]}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    a, b = (loader.parts(ref_to(tmp_path / name))[0] for name in "ab")
+    assert not a.by_library and a.architecture == b.architecture
+    host = loader.read(a)
+    before = {name: tensor.clone() for name, tensor in host.tensors.items()}
+    loader.place(b, loader.read(b), loader.place(a, host, None))
+    assert before and all(torch.equal(tensor, host.tensors[name]) for name, tensor in before.items())
+    again = loader.place(a, host, None).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in before.items())
+
+
 def test_clones_of_a_module_go_with_it(models: Path) -> None:
     loader = PartLoader(AnyDevice())
     spec = next(spec for spec in loader.parts(ref_to(models / "b")) if spec.name == "unet")
