@@ -7,6 +7,7 @@ the mode that a module is built under is its thread's own.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -360,10 +361,18 @@ _EMPTY = frozenset({dict, set, list, type(nn.Module()._forward_hooks)})
 def keep_text_model(module: nn.Module) -> None:
     """Give a CLIP text encoder the ``text_model`` that diffusers still reads for ``clip_skip`` and LoRA scales.
 
-    transformers 5 moved its parts up a level. Set past ``nn.Module``, which would register a loop.
+    transformers 5 moved its parts up a level. Looked up at the class: a module that held itself would stay in memory,
+    with its weights, until the garbage collector comes by, and a copy of it would hold the original.
     """
     if isinstance(module, CLIPTextModel) and not hasattr(module, "text_model"):
-        object.__setattr__(module, "text_model", module)
+        module.__class__ = _with_text_model(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _with_text_model(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name: pipelines compare and save names, transformers finds what to record by them."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**names, "text_model": property(lambda module: module)})
 
 
 def fill(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:

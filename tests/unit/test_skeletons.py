@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import inspect
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +35,7 @@ from transformers import (
 
 from api.engine.device import Device
 from api.engine.loader import PartLoader, module_bytes
+from api.engine.owning import own
 from api.engine.parts import PartSpec
 from api.engine.skeletons import clone
 from api.engine.specs import Component, computed_in, configuration
@@ -140,7 +144,7 @@ def the_same(ours: nn.Module, theirs: nn.Module) -> None:
             assert not tensor.requires_grad, name
         ties = [{frozenset(n for n in t if t[n] is tensor) for tensor in t.values()} for t in (mine, other)]
         assert ties[0] == ties[1]
-    assert type(ours) is type(theirs)
+    assert isinstance(ours, type(theirs)) and str(type(ours)) == str(type(theirs))
     assert not any(module.training for module in ours.modules())
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
 
@@ -220,6 +224,26 @@ def test_diffusers_finds_the_text_model_of_a_text_encoder(tmp_path: Path) -> Non
     first, second = (placed(PartLoader(AnyDevice()), component, torch.float32) for _ in range(2))
     assert first.text_model is first
     assert second.text_model is second
+    for copied in (clone(first), copy.deepcopy(first), own(first)):
+        assert copied.text_model is copied
+    assert type(first) is type(second) and first.base_model is first
+    first.config.output_hidden_states = True
+    assert len(first(torch.zeros(1, 4, dtype=torch.long)).hidden_states) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_is_freed_as_soon_as_nobody_holds_it(kind: str, tmp_path: Path) -> None:
+    component = saved(KINDS[kind](), tmp_path / "part")
+    loader = PartLoader(AnyDevice())
+    module = placed(loader, component, torch.float32)
+    mine, seen = own(module), weakref.ref(module)
+    parameter = weakref.ref(next(module.parameters()))
+    gc.disable()  # which would find what hangs in a ring
+    try:
+        del module, mine
+        assert seen() is None and parameter() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("change", ["left over", "missing", "shape", "twice"])
