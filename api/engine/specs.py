@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from api.engine.headers import Header, broken, file_identity, read_header
-from api.models.manifest import MANIFEST_NAME, is_safe_path, read_manifest
+from api.models.manifest import is_safe_path, read_manifest
 
 _UNIMPORTANT = ("_name_or_path", "_diffusers_version", "transformers_version", "_commit_hash", "torch_dtype")
 """Entries of a configuration that say where a model was saved, not what it is. What it computes in is asked for."""
@@ -215,23 +216,32 @@ def computed_in(component: Component, config: Mapping[str, Any], dtype: torch.dt
 def weights_identity(model: Path, files: tuple[Path, ...]) -> list[str]:
     """What the content of weight files is known by: their SHA-256 from the model's manifest, else the files themselves.
 
-    A file that was changed after the manifest was written, or has another size, is not what the manifest says.
+    A file that was changed after the model was installed, or has another size, is not what the manifest says. The
+    manifest's own time of change says nothing: it is set anew whenever the model is used.
 
     Raises:
         ApiError: MODEL_BROKEN: a file is gone.
     """
     manifest = read_manifest(model)
     entries = {entry.path: entry for entry in manifest.files} if manifest else {}
-    written = file_identity(model / MANIFEST_NAME)[2] if manifest else 0
+    installed = _nanoseconds(manifest.installed) if manifest else 0
     known = []
     for path in files:
         identity = file_identity(path)
         entry = entries.get(path.relative_to(model).as_posix())
-        if entry and entry.sha256 and entry.size == identity[1] and identity[2] <= written:
+        if entry and entry.sha256 and entry.size == identity[1] and identity[2] <= installed:
             known.append(f"sha256:{entry.sha256.lower()}")
         else:
             known.append(f"file:{identity}")
     return known
+
+
+def _nanoseconds(time: str) -> int:
+    """The end of an ISO 8601 second; 0 for what is none."""
+    try:
+        return (int(datetime.fromisoformat(time).timestamp()) + 1) * 10**9
+    except (ValueError, OverflowError, OSError):
+        return 0
 
 
 def is_known(cls: type | None) -> bool:

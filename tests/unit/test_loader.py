@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def install(folder: Path) -> None:
     """As the installer leaves a model."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     entries = tuple(FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_of(p)) for p in files)
-    write_manifest(folder, Manifest("x", "x", "x", "", entries, True, "2026-01-01T00:00:00Z"))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    write_manifest(folder, Manifest("x", "x", "x", "", entries, True, now))
 
 
 def keys(folder: Path, precision: str = "fp32") -> dict[str, str]:
@@ -95,10 +97,12 @@ def test_a_file_that_was_changed_is_not_what_the_manifest_says(models: Path) -> 
     install(models / "a")
     before = keys(models / "a")
     file = models / "a" / "unet" / "diffusion_pytorch_model.safetensors"
-    manifest = (models / "a" / ".manifest.json").stat()
+    manifest = models / "a" / ".manifest.json"
     held = load_file(file)
     save_file({name: tensor + 1 for name, tensor in held.items()}, file, metadata={"format": "pt"})
-    os.utime(file, ns=(manifest.st_atime_ns, manifest.st_mtime_ns + 1))
+    later = manifest.stat().st_mtime + 2
+    os.utime(file, (later, later))
+    os.utime(manifest, (later + 2, later + 2))  # as every use of the model does it
     after = keys(models / "a")
     assert after["unet"] != before["unet"]
     assert after["vae"] == before["vae"]
