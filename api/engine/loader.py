@@ -21,7 +21,7 @@ from torch import nn
 
 from api.engine import skeletons
 from api.engine.device import Device
-from api.engine.headers import broken, read_header
+from api.engine.headers import broken, file_identity, read_header
 from api.engine.library import Weightless, load_module
 from api.engine.owning import own, shared_unless_changed
 from api.engine.parts import HostPart, PartSpec
@@ -131,6 +131,7 @@ class PartLoader:
 
     def _spec(self, plan: _Plan) -> PartSpec:
         component, config, files = plan.component, plan.config, plan.weights.files
+        identities = tuple(map(file_identity, files))  # before the content is looked at: what changes later is seen
         what = [component.library, component.class_name, config, str(plan.dtype)]
         shapes = [header.shapes for header in plan.weights.headers]
         architecture = _digest([*what, shapes, plan.weights.sharded, plan.weights.plain])
@@ -149,6 +150,7 @@ class PartLoader:
             dtype=plan.dtype,
             files=files,
             by_library=skeleton is None,
+            identities=identities,
         )
 
     def _skeleton(self, architecture: str, plan: _Plan) -> Skeleton | None:
@@ -182,26 +184,32 @@ class PartLoader:
         """Read a part from disk into host memory; in any thread unless ``spec.by_library``.
 
         Raises:
-            ApiError: MODEL_BROKEN.
+            ApiError: MODEL_BROKEN, also when the files are not those any more that the part's key was made of.
             MemoryError: there is no room.
         """
         with spending("read"):
-            if spec.by_library:
-                with _as_broken(spec.folder):
-                    module = load_module(
-                        spec.folder.parent,
-                        spec.name,
-                        spec.library,
-                        spec.class_name,
-                        spec.dtype,
-                        variant_in(spec.files),
-                    )
-                return HostPart({}, module_bytes(module), module)
-            skeleton = self._skeleton_of(spec)
-            shares, pin = self._device.shares_host, self._device.is_cuda
+            _check_unchanged(spec)
+            host = self._read(spec)
+            _check_unchanged(spec)
+            return host
+
+    def _read(self, spec: PartSpec) -> HostPart:
+        if spec.by_library:
             with _as_broken(spec.folder):
-                headers = [read_header(path) for path in spec.files]
-                return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self.spare)
+                module = load_module(
+                    spec.folder.parent,
+                    spec.name,
+                    spec.library,
+                    spec.class_name,
+                    spec.dtype,
+                    variant_in(spec.files),
+                )
+            return HostPart({}, module_bytes(module), module)
+        skeleton = self._skeleton_of(spec)
+        shares, pin = self._device.shares_host, self._device.is_cuda
+        with _as_broken(spec.folder):
+            headers = [read_header(path) for path in spec.files]
+            return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self.spare)
 
     # --- from host to device ---
 
@@ -326,6 +334,14 @@ def _built(plan: _Plan) -> Skeleton | None:
     except NotExactError as reason:
         log.info("%s (%s) is left to its library: %s", plan.component.name, plan.component.class_name, reason)
         return None
+
+
+def _check_unchanged(spec: PartSpec) -> None:
+    """Other weights are never read under the key of those that were there: models that share the part have it too."""
+    if spec.identities == tuple(map(file_identity, spec.files)):
+        return
+    name = "/".join(spec.folder.parts[-2:])
+    raise ApiError("MODEL_BROKEN", f"The files of {name} were changed while they were used. Send the request again.")
 
 
 def _bytes(plan: _Plan) -> int:

@@ -29,6 +29,7 @@ class PartSpec:
         files: its weight files.
         by_library: it is not one that our own reader knows: the library loads it, which patches torch process-wide
             meanwhile, so that nothing else may run.
+        identities: of the files when the key was made (``headers.file_identity``).
     """
 
     name: str
@@ -41,6 +42,7 @@ class PartSpec:
     dtype: torch.dtype
     files: tuple[Path, ...]
     by_library: bool = False
+    identities: tuple[tuple[str, int, int, int], ...] = ()
 
 
 @dataclass

@@ -288,6 +288,32 @@ def test_a_model_that_is_replaced_is_read_anew(models: Path) -> None:
         assert same == (expected == "a")
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_other_weights_are_never_read_under_a_key(when: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = PartLoader(AnyDevice())
+    spec = next(spec for spec in loader.parts(ref_to(models / "a")) if spec.name == "unet")
+
+    def replace() -> None:
+        shutil.copy(models / "b" / "unet" / spec.files[0].name, models / "new")
+        (models / "new").replace(spec.files[0])
+
+    def reading(spec: Any) -> Any:
+        replace()
+        return read(spec)
+
+    read = loader._read
+    if when == "before":
+        replace()
+    else:
+        monkeypatch.setattr(loader, "_read", reading)
+    with pytest.raises(ApiError, match="changed while they were used") as caught:
+        loader.read(spec)
+    assert caught.value.code == "MODEL_BROKEN" and str(models) not in caught.value.message
+    monkeypatch.undo()
+    anew = next(spec for spec in loader.parts(ref_to(models / "a")) if spec.name == "unet")
+    assert anew.key != spec.key and loader.read(anew)
+
+
 def test_parts_come_in_many_threads_while_modules_are_made(models: Path) -> None:
     loader = PartLoader(AnyDevice(shares=False))
     right = {name: whole(PartLoader(AnyDevice()), ref_to(models / name)) for name in ("a", "b", "safe")}
