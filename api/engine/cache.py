@@ -154,11 +154,11 @@ class ModelCache:
         try:
             self._bring(reservation, begun)
             if not self._await_others(ref):
-                self._give_up(begun)
+                self._give_up(reservation, begun)
                 return None
             model = self._assembled(reservation)
         except BaseException:
-            self._give_up(begun)
+            self._give_up(reservation, begun)
             raise
         if begun.copy:
             log.info("loaded %s: %.1f MB", ref.key, sum(spec.bytes for spec in reservation.specs) / 1e6)
@@ -370,7 +370,8 @@ class ModelCache:
             self.tiers.read_done(spec.key)
         return host
 
-    def _give_up(self, begun: Begun) -> None:
+    def _give_up(self, reservation: Reservation, begun: Begun) -> None:
+        reservation.onto.clear()  # whoever still knows the reservation is not to keep what has left the device
         with self.tiers.lock:
             self._forget(self.tiers.abort(begun))
 

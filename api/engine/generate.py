@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,17 +172,17 @@ class Engine:
             ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY.
         """
         timings: dict[str, int] = {}
-        loading: list[tuple[Reservation, float]] = []
+        loading: list[tuple[Mapping[str, float], float]] = []
 
         def on_load(reservation: Reservation) -> None:
             if not loading:
                 on_phase("loadModel", "start")
-            loading.append((reservation, time.perf_counter()))
+            loading.append((reservation.seconds, time.perf_counter()))  # not what it holds
 
         with self.line.lease(request.model, cancelled, deadline, overdue, on_load) as model:
             if loading:
                 timings["loadModel"] = _ms(loading[0][1])
-                timings |= {name: round(took * 1000) for name, took in loading[-1][0].seconds.items()}
+                timings |= {name: round(took * 1000) for name, took in loading[-1][0].items()}
                 on_phase("loadModel", "done")
             on_phase("inference", "start")
             began = time.perf_counter()

@@ -79,7 +79,7 @@ class Line:
             Cancelled: ``cancelled`` said so.
             ApiError: MODEL_BROKEN, OUT_OF_MEMORY.
         """
-        model, again = None, False
+        model, first = None, None
         specs = self._cache.parts(ref)
         while model is None:
             reservation = self._wait(_Waiter(ref, specs), cancelled, deadline, overdue)
@@ -87,12 +87,15 @@ class Line:
                 on_load(reservation)
             try:
                 model = self._cache.complete(reservation)
+                continue
             except (torch.OutOfMemoryError, MemoryError) as fault:
-                self._cache.clear_idle()
-                if again:
-                    raise out_of_memory(fault) from fault
-                log.warning("out of memory: idle models are evicted and %s is loaded once more", ref.model_id)
-                again = True
+                second = fault.with_traceback(None)  # which knows the modules that were on their way
+            # past the handler: until it ends, the fault and all that it knows of live
+            self._cache.clear_idle()
+            if first:
+                raise out_of_memory(second) from second
+            log.warning("out of memory: idle models are evicted and %s is loaded once more", ref.model_id)
+            first = second
         try:
             yield model
         finally:
