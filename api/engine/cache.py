@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from api.engine.books import Begun, Moves, NeverFits, State, Turn
+from api.engine.executor import Cancelled
 from api.engine.parts import HostPart, Loader, PartSpec
 from api.engine.spent import Spent, measuring
 from api.engine.tiers import Tiers
@@ -25,7 +26,7 @@ log = logging.getLogger("api.engine")
 _TICK = 0.2
 """Seconds after which one who waits for another looks again, whatever it was told."""
 
-Run = Callable[[Callable[[], Any]], Any]
+Run = Callable[..., Any]
 
 
 @dataclass(eq=False)
@@ -57,7 +58,7 @@ class ModelCache:
         tiers: the books.
         loader: moves the weights.
         on_device: runs a function on the device's thread.
-        exclusively: the same, while nothing else runs.
+        exclusively: the same, while nothing else runs; also takes ``cancelled``, which is asked while it waits.
         freed: called after an eviction, when the device's memory can be given back.
     """
 
@@ -138,8 +139,12 @@ class ModelCache:
             self._freed()
         return reservation
 
-    def complete(self, reservation: Reservation) -> Any | None:
+    def complete(self, reservation: Reservation, cancelled: Callable[[], bool] = lambda: False) -> Any | None:
         """Bring a reserved model onto the device.
+
+        Args:
+            reservation: as ``reserve`` gave it.
+            cancelled: asked while it waits; what is being read by then is read to its end, for whoever wants it next.
 
         Returns:
             The model. None when another one was bringing a part of it and could not: reserve it again.
@@ -147,16 +152,17 @@ class ModelCache:
         Raises:
             ApiError: MODEL_BROKEN, OUT_OF_MEMORY.
             torch.OutOfMemoryError, MemoryError: there is less room than was thought. Nothing is held then.
+            Cancelled: ``cancelled`` said so.
         """
         ref, begun = reservation.ref, reservation.begun
         if begun is None:
             return self._models[ref.key]
         try:
-            self._bring(reservation, begun)
-            if not self._await_others(ref):
+            self._bring(reservation, begun, cancelled)
+            if not self._await_others(ref, cancelled):
                 self._give_up(reservation, begun)
                 return None
-            model = self._assembled(reservation)
+            model = self._assembled(reservation, cancelled)
         except BaseException:
             self._give_up(reservation, begun)
             raise
@@ -257,40 +263,70 @@ class ModelCache:
         self._known[ref.key] = (ref, specs)
         self.tiers.know(ref.key, specs)
 
-    def _bring(self, reservation: Reservation, begun: Begun) -> None:
-        """Read what is missing, one part after the other, and place each while the next one is read."""
+    def _bring(self, reservation: Reservation, begun: Begun, cancelled: Callable[[], bool]) -> None:
+        """Place each part as soon as it is in the host's memory, while the next one is read.
+
+        Not in an order that is settled before: a part that came by another way holds its room until it is placed, and
+        the others may need that room.
+        """
         specs = {spec.key: spec for spec in reservation.specs}
-        reads: dict[str, Future[HostPart]] = {key: Future() for key in begun.copy}
-        stop = threading.Event()
+        came = deque[tuple[PartSpec, HostPart] | BaseException]()
+        stop, changed = threading.Event(), self.tiers.changed
 
         def read_all() -> None:
-            for key, read in reads.items():
-                if stop.is_set():
-                    read.cancel()
-                    continue
-                began = time.perf_counter()
-                try:
-                    host = self._read(reservation.ref, reservation.specs, specs[key], None, stop)
-                    read.set_result(host) if host else read.cancel()
-                except BaseException as fault:
-                    stop.set()
-                    read.set_exception(fault)
-                _add(reservation.seconds, "read", began)
+            missing = [specs[key] for key in begun.copy]
+            try:
+                while missing:
+                    began = time.perf_counter()
+                    if (found := self._next(reservation, missing, stop.is_set)) is None:
+                        return
+                    host = self._taken(*found)
+                    _add(reservation.seconds, "read", began)
+                    missing.remove(found[0])
+                    with changed:
+                        came.append((found[0], host))
+                        changed.notify_all()
+            except BaseException as fault:
+                with changed:
+                    came.append(fault)
+                    changed.notify_all()
 
         reader = threading.Thread(target=read_all, name="read", daemon=True)
-        if len(reads) > 1:
-            reader.start()
-        else:
-            read_all()
+        reader.start()
         try:
-            for key, read in reads.items():
-                self._place(reservation, specs[key], read.result())
+            for _ in begun.copy:
+                with changed:
+                    while not came:
+                        if cancelled():
+                            raise Cancelled
+                        changed.wait(_TICK)
+                    one = came.popleft()
+                if isinstance(one, BaseException):
+                    raise one
+                self._place(reservation, *one, cancelled)
         finally:
             stop.set()
-            if reader.ident:
-                reader.join()
+            while reader.is_alive() and not cancelled():
+                reader.join(_TICK)
 
-    def _place(self, reservation: Reservation, spec: PartSpec, host: HostPart) -> None:
+    def _next(
+        self, reservation: Reservation, missing: Sequence[PartSpec], over: Callable[[], bool]
+    ) -> tuple[PartSpec, Turn] | None:
+        """Whichever of the missing parts is there, or else can be read now; None: ``over`` said so."""
+        with self.tiers.changed:
+            while not over():
+                for spec in sorted(missing, key=lambda spec: not self._is_in_host(spec.key)):
+                    turn = self._turn(reservation.ref, reservation.specs, spec, None)
+                    if turn in (Turn.HELD, Turn.READ):
+                        return spec, turn
+                self.tiers.changed.wait(_TICK)
+        return None
+
+    def _is_in_host(self, key: str) -> bool:
+        part = self.tiers.part(key)
+        return part is not None and part.host is State.HELD
+
+    def _place(self, reservation: Reservation, spec: PartSpec, host: HostPart, cancelled: Callable[[], bool]) -> None:
         onto = reservation.onto.pop(spec.key, None)
 
         def place() -> nn.Module:
@@ -300,22 +336,23 @@ class ModelCache:
             reservation.seconds["copy"] += spent.copy
             return module
 
-        run = self._exclusively if spec.by_library else self._on_device
-        module = run(place)
+        module = self._exclusively(place, cancelled) if spec.by_library else self._on_device(place)
         with self.tiers.lock:
             self._modules[spec.key] = module
             self.tiers.placed(spec.key)
 
-    def _await_others(self, ref: ModelRef) -> bool:
+    def _await_others(self, ref: ModelRef, cancelled: Callable[[], bool]) -> bool:
         """Wait for the parts that others bring; whether all came."""
         with self.tiers.changed:
             while not self.tiers.resident(ref.key):
                 if not self.tiers.coming(ref.key):
                     return False
+                if cancelled():
+                    raise Cancelled
                 self.tiers.changed.wait(_TICK)
             return True
 
-    def _assembled(self, reservation: Reservation) -> Any:
+    def _assembled(self, reservation: Reservation, cancelled: Callable[[], bool]) -> Any:
         ref, specs = reservation.ref, reservation.specs
         with self._building:
             with self.tiers.lock:
@@ -327,36 +364,35 @@ class ModelCache:
             def build() -> Any:
                 return self.loader.assemble(ref, modules)
 
-            model = self._exclusively(build) if any(spec.by_library for spec in specs) else build()
+            model = self._exclusively(build, cancelled) if any(spec.by_library for spec in specs) else build()
             _add(reservation.seconds, "build", began)
             with self.tiers.lock:
                 self._models[ref.key] = model
             return model
 
     def _read(
-        self,
-        ref: ModelRef,
-        specs: Sequence[PartSpec],
-        spec: PartSpec,
-        ahead_of: Collection[str] | None,
-        stop: threading.Event | None = None,
+        self, ref: ModelRef, specs: Sequence[PartSpec], spec: PartSpec, ahead_of: Collection[str]
     ) -> HostPart | None:
-        """A part in the host's memory, read by this thread or another; None: there is no room, or no need any more."""
+        """A part in the host's memory, read ahead by this thread or another; None: there is no room."""
         with self.tiers.changed:
-            while True:
-                self._know(ref, specs)
-                try:
-                    turn, moves = self.tiers.begin_read(spec.key, ahead_of)
-                except NeverFits as fault:
-                    raise never_fits(ref, fault) from fault
-                self._forget(moves)
-                if turn is Turn.READ:
-                    break
-                if turn is Turn.HELD:
-                    return self._host[spec.key]
-                if (turn is Turn.FULL and ahead_of is not None) or (stop and stop.is_set()):
-                    return None
+            while (turn := self._turn(ref, specs, spec, ahead_of)) is Turn.BUSY:
                 self.tiers.changed.wait(_TICK)
+        return None if turn is Turn.FULL else self._taken(spec, turn)
+
+    def _turn(self, ref: ModelRef, specs: Sequence[PartSpec], spec: PartSpec, ahead_of: Collection[str] | None) -> Turn:
+        """What to do about a part that is to be in the host's memory; the lock is held."""
+        self._know(ref, specs)
+        try:
+            turn, moves = self.tiers.begin_read(spec.key, ahead_of)
+        except NeverFits as fault:
+            raise never_fits(ref, fault) from fault
+        self._forget(moves)
+        return turn
+
+    def _taken(self, spec: PartSpec, turn: Turn) -> HostPart:
+        """A part that is in the host's memory, or whose turn it is to be read."""
+        if turn is Turn.HELD:
+            return self._host[spec.key]
         try:
             host: HostPart = (
                 self._exclusively(lambda: self.loader.read(spec)) if spec.by_library else self.loader.read(spec)

@@ -70,7 +70,7 @@ class Line:
 
         Args:
             ref: which model.
-            cancelled: asked while it waits, and whenever ``wake`` is called.
+            cancelled: asked while it waits or loads, and whenever ``wake`` is called.
             deadline: when waiting is in vain, ``time.monotonic``.
             overdue: until when others may go before it.
             on_load: called when there is room, and something is to be brought there now.
@@ -86,7 +86,7 @@ class Line:
             if reservation.begun:
                 on_load(reservation)
             try:
-                model = self._cache.complete(reservation)
+                model = self._cache.complete(reservation, cancelled)
                 continue
             except (torch.OutOfMemoryError, MemoryError) as fault:
                 second = fault.with_traceback(None)  # which knows the modules that were on their way

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from api.engine.books import State
+from api.engine.executor import Cancelled
 from api.engine.parts import HostPart, PartSpec
-from tests.unit.test_cache import FakeLoader, Setup, ref
+from tests.unit.test_cache import FakeLoader, Setup, ref, until
 
 Table = dict[str, list[tuple[str, int]]]
 
@@ -75,3 +79,63 @@ def test_what_was_to_be_taken_over_is_free_when_a_load_is_tried_again(make: Call
         assert len(known) == 2  # and are still known
     assert alive
     assert not any(alive)
+
+
+def test_a_part_that_is_being_read_ahead_does_not_stand_in_the_way_of_the_model_it_is_for(
+    make: Callable[..., Setup],
+) -> None:
+    """It holds its room until it is placed, and the part before it needs that room."""
+    it = make({"S": [("vae-x", 2)], "A": [("te-A", 9), ("vae-x", 2)]}, 100, 10, shared=False)
+    it.loader.gates["vae-x"] = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ahead = pool.submit(it.cache.stage, ref("S"))
+        until(lambda: it.loader.reads["vae-x"])
+        gone = threading.Event()
+        job = pool.submit(use, it, "A", gone.is_set)
+        until(lambda: it.tiers.part("te-A") and it.tiers.part("te-A").device is State.COMING)
+        it.loader.gates["vae-x"].set()
+        try:
+            assert job.result(5) == "A"
+        finally:
+            gone.set()
+        assert ahead.result(5) is True
+    assert it.loader.reads == {"vae-x": 1, "te-A": 1}
+
+
+def test_who_is_cancelled_while_its_model_is_read_leaves_at_once(make: Callable[..., Setup]) -> None:
+    it = make({"A": [("te-A", 4), ("unet-A", 4)]}, 100, 10, shared=False)
+    gate = it.loader.gates["te-A"] = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        gone = threading.Event()
+        job = pool.submit(use, it, "A", gone.is_set)
+        until(lambda: it.loader.reads["te-A"])
+        other = pool.submit(use, it, "A")
+        until(lambda: it.tiers.models()[ref("A").key].leases == 2)
+        gone.set()
+        it.line.wake()
+        try:
+            assert isinstance(job.exception(5), Cancelled)
+        finally:
+            gate.set()
+        assert other.result(5) == "A"  # with what the first had begun to read
+    assert it.loader.reads == {"te-A": 1, "unet-A": 1}
+
+
+def test_who_waits_for_a_part_that_another_brings_leaves_at_once_when_it_is_cancelled(
+    make: Callable[..., Setup],
+) -> None:
+    it = make({"A": [("te-A", 4)], "B": [("te-A", 4), ("unet-B", 4)]}, 100, 100, shared=False)
+    gate = it.loader.gates["te-A"] = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        gone = threading.Event()
+        first = pool.submit(use, it, "A")
+        until(lambda: it.loader.reads["te-A"])
+        job = pool.submit(use, it, "B", gone.is_set)
+        until(lambda: it.tiers.part("unet-B") and it.tiers.part("unet-B").device is State.HELD)
+        gone.set()
+        it.line.wake()
+        try:
+            assert isinstance(job.exception(5), Cancelled)
+        finally:
+            gate.set()
+        assert first.result(5) == "A"
