@@ -205,7 +205,7 @@ class ModelCache:
             part = self.tiers.part(spec.key)
             if (part and part.device is State.HELD) or (spec.by_library and not by_library):
                 continue
-            if self._read(ref, specs, spec, ahead_of) is None:
+            if self._read(ref, specs, spec, {*ahead_of, ref.key}) is None:  # nor from its own other parts
                 return False
         return self.tiers.warm(ref.key)
 

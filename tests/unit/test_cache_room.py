@@ -139,3 +139,15 @@ def test_who_waits_for_a_part_that_another_brings_leaves_at_once_when_it_is_canc
         finally:
             gate.set()
         assert first.result(5) == "A"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_does_not_fit_whole_is_not_read_ahead_again_and_again(make: Callable[..., Setup], shared: bool) -> None:
+    """Its second part takes no room from its first."""
+    it = make({"A": [("unet-A", 6)], "M": [("te-M", 4), ("unet-M", 4)]}, 10, 10, shared=shared)
+    with it.line.lease(ref("A"), lambda: False):
+        for _ in range(3):
+            assert it.cache.stage(ref("M"), [ref("A").key]) is False
+        assert it.loader.reads == {"unet-A": 1, "te-M": 1}
+    assert use(it, "M") == "M"
+    assert it.loader.reads == {"unet-A": 1, "te-M": 1, "unet-M": 1}
