@@ -84,7 +84,8 @@ class _Call:
         module = getattr(function, "__self__", None)
         self.ticket, self.function, self.args, self.kwargs = ticket, function, args, kwargs
         self.owner = type(module).__name__
-        self.mergeable: Mergeable | None = analyse(function, self.owner, args, kwargs)
+        # what is no module's method has no rows, and may hold a model's weights: nothing is to be remembered of it
+        self.mergeable: Mergeable | None = None if module is None else analyse(function, self.owner, args, kwargs)
         # the module itself, not its name: two models of one class are two
         self.kind = (id(module), getattr(function, "__name__", ""), self.mergeable.key if self.mergeable else id(self))
         self.since = time.monotonic()

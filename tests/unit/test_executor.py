@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from api.engine import executor as executor_module
 from api.engine.curve import Curve
 from api.engine.executor import Cancelled, Executor, Ticket
 
@@ -428,6 +429,20 @@ def test_what_is_run_on_the_device_is_not_kept(executor: Executor) -> None:
     executor.on_device(gc.collect)
     gc.collect()
     assert [each() for each in held] == [None, None]
+
+
+def test_what_is_no_modules_method_is_not_looked_into(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold the weights of a model, and be called like one that has rows."""
+    seen = []
+    real = executor_module.analyse
+    monkeypatch.setattr(
+        executor_module, "analyse", lambda function, *more: seen.append(function) or real(function, *more)
+    )
+    executor.on_device(lambda: None)
+    executor.exclusively(lambda: None)
+    assert not seen
+    assert run_job(executor, Recorder(), [1.0])
+    assert seen
 
 
 def test_what_a_failed_or_finished_call_held_is_free_at_once(executor: Executor) -> None:
