@@ -209,6 +209,38 @@ class ModelCache:
                 return False
         return self.tiers.warm(ref.key)
 
+    def load_host(self, ref: ModelRef, *, pin: bool = False) -> bool:
+        """Bring a model into the host's memory because it was asked for, also what the device has; whether it is there.
+
+        Raises:
+            ApiError: MODEL_BROKEN.
+            MemoryError: there is less room than was thought.
+        """
+        specs = self.parts(ref)
+        if sum(spec.bytes for spec in specs) > self.tiers.host_limit:
+            return False
+        with self.tiers.lock:
+            self._know(ref, specs)
+            self.tiers.lease(ref.key)
+        try:
+            for _ in range(3):  # a copy of what the device has may leave while the next one is read
+                if any(self._read(ref, specs, spec, {ref.key}) is None for spec in specs):
+                    return False
+                with self.tiers.lock:
+                    if self.tiers.in_host(ref.key):
+                        if pin:
+                            self.tiers.pin(ref.key, "host")
+                        return True
+            return False
+        finally:
+            self.release(ref)
+
+    def keep(self, ref: ModelRef) -> None:
+        """Forget that a model was to leave when its jobs are done."""
+        with self.tiers.lock:
+            self.tiers.lease(ref.key)
+            self._forget(self.tiers.release(ref.key))
+
     def pin(self, ref: ModelRef, tier: str | None) -> None:
         """Keep a model in a tier, ``device`` or ``host``."""
         self.tiers.pin(ref.key, tier)

@@ -117,20 +117,22 @@ class Engine:
             ApiError: MODEL_BROKEN, OUT_OF_MEMORY.
         """
         if tier == "host":
-            self._stage(ref)
+            self._load_host(ref, pin)
+            pin = False  # it is
         elif not evict:
             self._load_if_room(ref)
         else:
             with self.line.lease(ref, lambda: False):
+                self.cache.keep(ref)
                 if pin:
                     self.cache.pin(ref, "device")
             return
         if pin:
             self.cache.pin(ref, tier)
 
-    def _stage(self, ref: ModelRef) -> None:
+    def _load_host(self, ref: ModelRef, pin: bool) -> None:
         try:
-            if self.cache.stage(ref, by_library=True):
+            if self.cache.load_host(ref, pin=pin):
                 return
         except MemoryError as fault:
             raise out_of_memory(fault) from fault

@@ -140,7 +140,20 @@ class Tiers:
         with self.lock:
             if model in self._models:
                 self._models[model].pin = tier
+                if tier:
+                    self._models[model].leaving = None
                 self._settled()
+
+    def lease(self, model: str) -> None:
+        """Lease a model that is known, wherever it is. That it was to leave when its jobs are done is forgotten."""
+        with self.lock:
+            self._models[model].leaving = None
+            self._lease(model)
+
+    def in_host(self, model: str) -> bool:
+        """Whether all of a model is in the host's memory."""
+        with self.lock:
+            return all(self._parts[key].host is State.HELD for key in self._models[model].parts)
 
     # --- onto the device ---
 

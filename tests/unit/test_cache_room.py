@@ -151,3 +151,27 @@ def test_what_does_not_fit_whole_is_not_read_ahead_again_and_again(make: Callabl
         assert it.loader.reads == {"unet-A": 1, "te-M": 1}
     assert use(it, "M") == "M"
     assert it.loader.reads == {"unet-A": 1, "te-M": 1, "unet-M": 1}
+
+
+def test_a_pin_comes_after_an_unload_that_waits_for_a_job(make: Callable[..., Setup]) -> None:
+    it = make({"A": [("unet-A", 10)]}, 100, 100)
+    with it.line.lease(ref("A"), lambda: False):
+        it.cache.unload(ref("A").key)
+        it.cache.pin(ref("A"), "device")
+    assert it.cache.held()[ref("A").key].pin == "device"
+    with it.line.lease(ref("A"), lambda: False):
+        it.cache.unload(ref("A").key)
+        it.cache.keep(ref("A"))
+    assert ref("A") in it.cache
+
+
+def test_what_is_pinned_to_the_hosts_memory_is_there(make: Callable[..., Setup]) -> None:
+    """Also what was on the device alone when it was asked for."""
+    it = make({"A": [("unet-A", 10)], "B": [("unet-B", 10)]}, 20, 10, shared=False)
+    use(it, "A")
+    use(it, "B")
+    assert it.cache.held()[ref("A").key].host == 0
+    assert it.cache.load_host(ref("A"), pin=True)
+    it.cache.clear_idle()
+    held = it.cache.held()[ref("A").key]
+    assert (held.tier, held.pin, held.host, held.leases) == ("host", "host", 10, 0)
