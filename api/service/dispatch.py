@@ -34,8 +34,9 @@ class Dispatcher:
 
     Jobs whose model is in a worker's memory go first, within the bounds of ``Order``. A job goes to a worker with a
     free slot that has its model in memory, or will have it, since it was given a job of it. Where these are full,
-    ``Placing`` says for how long it waits for one before it goes to any other. Workers are told the models of the jobs
-    that wait, to read them ahead. When a worker dies, ``Blame`` says what becomes of the jobs that it ran.
+    ``Placing`` says for how long it waits for one before it goes to any other; once it has been passed for as long as
+    ``Order`` allows, it goes to any at once. Workers are told the models of the jobs that wait, to read them ahead.
+    When a worker dies, ``Blame`` says what becomes of the jobs that it ran.
 
     Args:
         settings: the size of the queue, timeouts.
@@ -162,29 +163,30 @@ class Dispatcher:
         self._stage()
 
     def _advance(self) -> None:
-        held, soonest = Counter[str](), math.inf
+        held, until = Counter[str](), dict[Job, float]()
 
         def go(job: Job) -> bool:
-            nonlocal soonest
             free = [worker for worker in self.workers if worker.free]
             if not free:
                 return False
             key = job.request.model.key
             warm = [worker for worker in self.workers if self._is_warm(worker, key)]
             best = [worker for worker in free if worker in warm]
-            if warm and not best:
+            # who has been passed for as long as may be goes anywhere: held, it would keep free slots from all others
+            if warm and not best and not self._queue.overdue(job):
                 slots = sum(worker.info.slots for worker in warm if worker.info)
                 wait = self._placing.wait(job, (held[key] + 1) * self._seconds / slots)
                 if wait > 0:
                     held[key] += 1
-                    soonest = min(soonest, wait)
+                    until[job] = time.monotonic() + wait
                     return False
             self._give(job, best or free)
             return True
 
         self._queue.advance(self._is_ready, go)
-        if soonest < math.inf:
-            self._look_again = asyncio.get_running_loop().call_later(soonest, self._feed)
+        if until:
+            soonest = min(min(at, self._queue.overdue_at(job)) for job, at in until.items())
+            self._look_again = asyncio.get_running_loop().call_later(soonest - time.monotonic(), self._feed)
 
     def _is_ready(self, job: Job) -> bool:
         """Whether a worker that is free has its model in memory."""

@@ -247,6 +247,23 @@ async def test_the_line_is_looked_at_again_by_itself() -> None:
     await until(lambda: pool.running() == [{"first"}, {"second"}])
 
 
+async def test_who_has_been_passed_for_as_long_as_may_be_waits_for_no_worker_and_stops_none() -> None:
+    pool = Pool(count=2, slots=2, MAX_SWITCH_WAIT="0.2")
+    has(pool, pool.workers[0], "a")
+    has(pool, pool.workers[1], "b")
+    pool.dispatcher._placing.note(ref_of("a").key, 1000.0)
+    pool.submit(a_job("1"), a_job("2"), a_job("held"), a_job("other", "b"))
+    assert pool.running() == [{"1", "2"}, {"other"}]  # the other one has passed it
+    await until(lambda: pool.running() == [{"1", "2"}, {"other", "held"}])  # by itself
+
+
+async def test_the_order_of_arrival_leaves_no_worker_idle() -> None:
+    pool = Pool(count=2, MAX_SWITCH_WAIT="0")
+    has(pool, pool.workers[0], "a")
+    pool.submit(a_job("1"), a_job("2"))
+    assert pool.running() == [{"1"}, {"2"}]
+
+
 async def test_where_loading_is_quicker_than_waiting_nobody_waits() -> None:
     pool = Pool(count=2)
     has(pool, pool.workers[0], "a")
