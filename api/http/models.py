@@ -12,6 +12,7 @@ from sanic.response import HTTPResponse, json
 from api.http.native import parse_object
 from api.models.description import InstalledModel
 from api.schema.catalogue import catalogue
+from api.schema.messages import Held
 from api.service import memory
 from api.service.service import Service
 
@@ -37,15 +38,15 @@ async def list_models(request: Request) -> HTTPResponse:
 async def load(request: Request) -> HTTPResponse:
     """Bring a model into memory; answered when it is there."""
     service: Service = request.app.ctx.service
-    key = await memory.load(service, parse_object(request.body))
-    return json({**_residence(service, key), "memory": _memory(service)})
+    held = await memory.load(service, parse_object(request.body))
+    return json({**_residence(held), "memory": _memory(service)})
 
 
 async def unload(request: Request) -> HTTPResponse:
     """Have a model leave memory; what jobs still use leaves when they are done."""
     service: Service = request.app.ctx.service
-    prefix = await memory.unload(service, parse_object(request.body or b"{}"))
-    return json({**_residence(service, prefix), "memory": _memory(service)})
+    held = await memory.unload(service, parse_object(request.body or b"{}"))
+    return json({**_residence(held), "memory": _memory(service)})
 
 
 def _memory(service: Service) -> list[dict[str, object]]:
@@ -61,9 +62,8 @@ def _memory(service: Service) -> list[dict[str, object]]:
     ]
 
 
-def _residence(service: Service, prefix: str) -> dict[str, Any]:
+def _residence(found: list[Held]) -> dict[str, Any]:
     """Where a model's weights are: its highest tier on any worker, bytes on all of them."""
-    found = memory.held(service.dispatcher.workers, prefix)
     used = max((held.used for held in found), default=0.0)
     return {
         "tier": min((held.tier for held in found), key=_TIERS.index, default="disk"),
@@ -75,7 +75,8 @@ def _residence(service: Service, prefix: str) -> dict[str, Any]:
 
 
 def _entry(service: Service, model: InstalledModel) -> dict[str, object]:
-    residence = _residence(service, f"{model.folder}@{model.revision}:")
+    files = str(model.folder), model.revision
+    residence = _residence(memory.held(service.dispatcher.workers, lambda ref: (ref.folder, ref.revision) == files))
     return {
         "MODEL_ID": model.model_id,
         "MODEL_REVISION": model.revision,

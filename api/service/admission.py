@@ -83,8 +83,11 @@ class Admission:
 
     def model_ref(self, model: InstalledModel, ref: SourceRef) -> ModelRef:
         """What a worker is told to load."""
-        precision = (ref.precision or "fp32") if self._has_gpu else "fp32"
-        return ModelRef(model.model_id, model.revision, precision, str(model.folder))
+        return ModelRef(model.model_id, model.revision, self.precision_of(ref), str(model.folder))
+
+    def precision_of(self, ref: SourceRef) -> str:
+        """What the weights are computed in."""
+        return (ref.precision or "fp32") if self._has_gpu else "fp32"
 
     async def admit(
         self,

@@ -106,8 +106,10 @@ class Dispatcher:
             worker.warm(load)
 
     def folders(self) -> set[str]:
-        """Names of the folders that jobs and warm models need. May be called from any thread."""
+        """Names of the folders that jobs, warm and pinned models need. May be called from any thread."""
         refs = [job.request.model for job in list(self._jobs.values())] + [load.model for load in list(self._warm)]
+        # pinned ones are read again when a worker died; what is in memory otherwise may well leave the volume
+        refs += [ref for worker in self.workers for ref in worker.pinned]
         return {ref.folder.rpartition("/")[2] for ref in refs}
 
     def check_room(self) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from api.errors import ApiError
+from api.schema.generation import ModelRef
 from api.schema.messages import Answer, Held, Load, Unload
 from api.service.options import check_options
 from api.service.workers import Worker
@@ -18,17 +20,17 @@ TIERS = ("device", "host")
 """Where a model can be loaded to; the fastest one first."""
 
 
-def held(workers: list[Worker], prefix: str) -> list[Held]:
+def held(workers: list[Worker], means: Callable[[ModelRef], bool]) -> list[Held]:
     """A model in the memory of every worker.
 
     Args:
         workers: to look at.
-        prefix: of the model's keys: its folder and revision, and perhaps its precision.
+        means: whether it is that model.
     """
-    return [model for worker in workers for key, model in worker.models.items() if key.startswith(prefix)]
+    return [model for worker in workers for model in worker.models.values() if means(model.ref)]
 
 
-async def load(service: Service, body: dict[str, Any]) -> str:
+async def load(service: Service, body: dict[str, Any]) -> list[Held]:
     """Bring a model into the memory of every worker, after fetching it where need be.
 
     Args:
@@ -36,7 +38,7 @@ async def load(service: Service, body: dict[str, Any]) -> str:
         body: ``callInputs`` that name the model; ``tier``: ``device`` or ``host``; ``pin``: keep it there.
 
     Returns:
-        Its key.
+        It, in the memory of every worker.
 
     Raises:
         ApiError: INVALID_INPUTS, NOT_READY, TIMED_OUT, OUT_OF_MEMORY; what is wrong with the model.
@@ -53,41 +55,56 @@ async def load(service: Service, body: dict[str, Any]) -> str:
             model = service.model_ref(found, ref)
             asked = [worker.ask(Load(model, secrets.token_hex(8), tier, pin)) for worker in ready]
             _check(await asyncio.gather(*asked))
-    return model.key
+    return held(service.dispatcher.workers, lambda ref: ref.key == model.key)
 
 
-async def unload(service: Service, body: dict[str, Any]) -> str:
+async def unload(service: Service, body: dict[str, Any]) -> list[Held]:
     """Have a model leave the workers' memory: at once, or when the jobs are done that use it.
+
+    What counts is what was loaded: its files may have been replaced or removed since.
 
     Args:
         service: whose workers.
-        body: ``callInputs`` that name the model, in every precision unless one is named; ``tier``: where it stays:
-            ``disk``, or ``host``.
+        body: ``callInputs`` that name the model, in every revision and precision unless one is named; ``tier``: where
+            it stays: ``disk``, or ``host``.
 
     Returns:
-        What its keys begin with.
+        What of it is still there.
 
     Raises:
-        ApiError: INVALID_INPUTS; MODEL_NOT_FOUND.
+        ApiError: INVALID_INPUTS; MODEL_NOT_FOUND, MODEL_BROKEN: nothing of it is in memory.
     """
     options, tier = _read(body, ("host", "disk"), "disk")
-    ref = service.source_ref(check_options(options))
-    found = await asyncio.to_thread(service.library.find, ref)
-    if found is None:
-        known = sorted({model.ref.model_id for model in held(service.dispatcher.workers, "")})
-        message = f"{ref.model_id} is not here; nothing of it can be in memory."
-        raise ApiError("MODEL_NOT_FOUND", message, field="MODEL_ID", requested=ref.model_id, available=known)
-    key = service.model_ref(found, ref).key
-    prefix = key if "MODEL_PRECISION" in options else key.rpartition(":")[0] + ":"
+    ref, workers = service.source_ref(check_options(options)), service.dispatcher.workers
+    precision = service.precision_of(ref) if "MODEL_PRECISION" in options else ""
+    found, fault = None, _unknown(ref.model_id, workers)
+    try:
+        found = await asyncio.to_thread(service.library.find, ref)
+    except ApiError as error:
+        fault = error
+    folder = str(found.folder) if found else ""
+
+    def means(model: ModelRef) -> bool:
+        named = model.model_id == ref.model_id and ref.revision in ("", model.revision)
+        return (named or model.folder == folder) and precision in ("", model.precision)
+
+    if found is None and not held(workers, means):
+        raise fault
     asked = [
         worker.ask(Unload(key, secrets.token_hex(8), tier))
-        for worker in service.dispatcher.workers
-        for key in worker.models
-        if key.startswith(prefix)
+        for worker in workers
+        for key, model in worker.models.items()
+        if means(model.ref)
     ]
     async with _patience(service, "The worker does not answer; watch GET /models."):
         _check(await asyncio.gather(*asked))
-    return prefix
+    return held(workers, means)
+
+
+def _unknown(model_id: str, workers: list[Worker]) -> ApiError:
+    known = sorted({model.ref.model_id for model in held(workers, lambda ref: True)})
+    message = f"{model_id} is not here, and nothing of it is in memory."
+    return ApiError("MODEL_NOT_FOUND", message, field="MODEL_ID", requested=model_id, available=known)
 
 
 def _read(body: dict[str, Any], tiers: tuple[str, ...], default: str) -> tuple[dict[str, Any], str]:

@@ -152,6 +152,10 @@ class Service:
         """What a worker knows a model by."""
         return self._admission.model_ref(model, ref)
 
+    def precision_of(self, ref: SourceRef) -> str:
+        """What a model's weights are computed in."""
+        return self._admission.precision_of(ref)
+
     def submit(self, admitted: Admitted, on_event: Callable[[OnTheWay], None] | None = None) -> Job:
         """Put a request in line; ``finish`` waits for it.
 

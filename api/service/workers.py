@@ -130,6 +130,11 @@ class Worker:
             return 0
         return self.info.slots - len(self.running)
 
+    @property
+    def pinned(self) -> list[ModelRef]:
+        """The models that are pinned to its memory. May be called from any thread."""
+        return [held.ref for held in self.models.values() if held.pin]
+
     def start(self) -> None:
         """Start the process and keep it alive until ``stop``."""
         self._watch = asyncio.get_running_loop().create_task(self._keep_alive(), name=f"worker {self.device}")

@@ -197,6 +197,27 @@ def test_load_pin_and_unload_over_http(ten: Path, tmp_path: Path) -> None:
         assert abs(shown["last_used"] / 1000 - time.time()) < 60
 
 
+def test_what_was_pinned_is_unloaded_by_name_though_its_files_were_replaced_or_removed(
+    ten: Path, tmp_path: Path
+) -> None:
+    for model in (0, 1):
+        shutil.copytree(folder_of(ten, MODELS[model]), tmp_path / f"tiny--m{model}")
+    with running(environ(tmp_path, MODEL_ID="demo/shapes"), tmp_path / "server.log") as server:
+        for model in ("tiny/m0", "tiny/m1"):
+            assert (
+                server.client.post("/models/load", json={"MODEL_ID": model, "pin": True}).json()["pinned"] == "device"
+            )
+        shutil.rmtree(tmp_path / "tiny--m0")
+        shutil.rmtree(tmp_path / "tiny--m1")
+        shutil.copytree(folder_of(ten, MODELS[2]), tmp_path / "tiny--m1")
+        for model in ("tiny/m0", "tiny/m1"):
+            freed = server.client.post("/models/unload", json={"MODEL_ID": model})
+            assert (freed.status_code, freed.json()["tier"]) == (200, "disk"), freed.text
+        server.client.post("/models/unload", json={"MODEL_ID": "demo/shapes"})
+        assert memory(server)["device"]["bytes"] == memory(server)["host"]["bytes"] == 0
+        assert server.client.post("/models/unload", json={"MODEL_ID": "tiny/m0"}).status_code == 404
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code", "field"),
     [

@@ -329,3 +329,12 @@ async def test_what_a_job_takes_is_what_it_holds_its_slot_for() -> None:
     assert 6 <= pool.dispatcher._seconds < 7
     pool.says(worker, Failed("failed", "PIPELINE_ERROR", "x", {}, ""))
     assert 9 <= pool.dispatcher._seconds < 10
+
+
+async def test_the_volume_keeps_what_is_pinned_and_may_lose_what_is_only_in_memory() -> None:
+    pool = Pool(count=2)
+    held = {
+        ref_of(model).key: Held(ref_of(model), "host", 1, 1, 0, pin, 0.0) for model, pin in (("a", "host"), ("b", ""))
+    }
+    pool.says(pool.workers[1], Loaded(held, Memory(1, 2, 1, 1, 2)))
+    assert pool.dispatcher.folders() == {"a"}
