@@ -226,6 +226,12 @@ class Settings:
         _one_of("auto", "sdpa", "xformers"),
         "attention kernels; auto is sdpa; what is not installed falls back to it",
     )
+    offload: str = _variable(
+        "OFFLOAD",
+        "auto",
+        _one_of("auto", "none"),
+        "auto: images that do not fit are decoded in slices, then tiles; none: they are a 507",
+    )
     max_queue: int = _variable("MAX_QUEUE", "100", _whole(1, 100_000), "requests that may wait; the next one is a 429")
     max_concurrency: int = _variable(
         "MAX_CONCURRENCY", "16", _whole(1, 256), "requests that share a device step by step; 1: one after the other"

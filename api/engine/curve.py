@@ -6,8 +6,8 @@ from collections import deque
 
 MOST_ROWS = 64
 _PAYS = 0.07
-"""By which power of its size a batch must give more rows a second than the best smaller one: 5 % for twice the rows, and
-as much less for less. A fixed step would keep sizes out that lie close to each other, each a little better."""
+"""By which power of its size a batch must give more rows a second than the best smaller one: 5 % for twice the rows,
+and as much less for less. A fixed step would keep sizes out that lie close to each other, each a little better."""
 _SAMPLES = 5
 _ENOUGH = 3
 _GUESS = 0.02

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import platform
+from collections.abc import Iterator
 
 import torch
 
@@ -93,12 +94,19 @@ def is_fatal(fault: BaseException) -> bool:
     Args:
         fault: asked together with what it was raised from.
     """
+    return any(map(_is_lost, _behind(fault)))
+
+
+def shortage(fault: BaseException) -> str | None:
+    """What torch said of a lack of memory, where a fault comes from that; libraries give it other names."""
+    return next((str(each) for each in _behind(fault) if isinstance(each, torch.OutOfMemoryError)), None)
+
+
+def _behind(fault: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = fault
     while seen is not None:
-        if _is_lost(seen):
-            return True
+        yield seen
         seen = seen.__cause__ or seen.__context__
-    return False
 
 
 def _is_lost(fault: BaseException) -> bool:

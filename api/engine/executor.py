@@ -51,11 +51,13 @@ class Ticket:
 
     Attributes:
         attained: seconds of the device that it has had.
+        short_at: the method of a module in which memory ended for it; empty: in none.
     """
 
     def __init__(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         self.cancelled = cancelled
         self.attained = 0.0
+        self.short_at = ""
         self.parked = False
         self.last: Any = None
         """Kind of its last call: it is expected to make another one."""
@@ -259,6 +261,8 @@ class Executor:
         with self._changed:
             for call in batch:
                 call.ticket.parked, call.ticket.resumed = False, now
+                if isinstance(call.error, torch.OutOfMemoryError):
+                    call.ticket.short_at = getattr(call.function, "__name__", "")
             if self._exclusive:
                 self._exclusive = False
                 self._changed.notify_all()  # jobs that wait to begin

@@ -6,22 +6,24 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
+from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran
 from api.engine.attention import components_with
 from api.engine.budgets import Budgets, budgets, host_memory
-from api.engine.cache import ModelCache, Reservation
+from api.engine.cache import ModelCache
 from api.engine.device import Device, is_fatal
 from api.engine.executor import Cancelled, Executor, Ticket
 from api.engine.line import Line, out_of_memory
 from api.engine.loader import LoadedModel, PartLoader
 from api.engine.parts import Loader
 from api.engine.pipelines import make_pipeline
+from api.engine.placement import placed
 from api.engine.preview import OnPreview, Previews
 from api.engine.staging import Stager
 from api.engine.tiers import Tiers
@@ -32,12 +34,6 @@ from api.schema.generation import GenerationRequest, ModelRef, Picture
 log = logging.getLogger("api.engine")
 
 PACKAGES = ("diffusers", "transformers", "torch", "safetensors")
-
-_Ran = tuple[np.ndarray, list[bool] | None, str]
-"""Images, flags of the safety checker, the attention that was used."""
-
-OnStep = Callable[[int, int], None]
-OnPhase = Callable[[str, str], None]
 
 
 class Generated:
@@ -85,6 +81,7 @@ class Engine:
         executor, loader = self.executor, loader or PartLoader(device)
         self.cache = ModelCache(tiers, loader, executor.on_device, executor.exclusively, device.release_cache)
         self.line = Line(self.cache, longest_wait)
+        self.attempts = Attempts(self.cache, self.line, device, self._run)
         self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
         self.line.on_change = self.stager.poke
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -98,6 +95,7 @@ class Engine:
         """A job was cancelled: let it leave wherever it waits."""
         self.executor.wake()
         self.line.wake()
+        self.attempts.company.wake()
 
     def want(self, refs: Sequence[ModelRef]) -> None:
         """Say which models will be asked for, the next one first: they are read ahead, and evicted last."""
@@ -122,7 +120,7 @@ class Engine:
         elif not evict:
             self._load_if_room(ref)
         else:
-            with self.line.lease(ref, lambda: False):
+            with self.attempts.company.together(), self.line.lease(ref, lambda: False):
                 self.cache.keep(ref)
                 if pin:
                     self.cache.pin(ref, "device")
@@ -174,53 +172,16 @@ class Engine:
             ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY.
         """
         timings: dict[str, int] = {}
-        loading: list[tuple[Mapping[str, float], float]] = []
-
-        def on_load(reservation: Reservation) -> None:
-            if not loading:
-                on_phase("loadModel", "start")
-            loading.append((reservation.seconds, time.perf_counter()))  # not what it holds
-
-        with self.line.lease(request.model, cancelled, deadline, overdue, on_load) as model:
-            if loading:
-                timings["loadModel"] = _ms(loading[0][1])
-                timings |= {name: round(took * 1000) for name, took in loading[-1][0].items()}
-                on_phase("loadModel", "done")
-            on_phase("inference", "start")
-            began = time.perf_counter()
-            images, nsfw, used = self._run_again_without_idle_models(
-                lambda: self._run(model, request, on_step, cancelled, on_preview)
-            )
-            timings["inference"] = _ms(began)
+        job = Job(request, on_step, on_phase, cancelled, on_preview, deadline, overdue)
+        done = self.attempts.run(job, timings)
         on_phase("inference", "done")
-        return Generated(images, self._meta(model, used), timings, nsfw)
+        return Generated(done.images, self._meta(request, done), timings, done.nsfw)
 
-    def _run_again_without_idle_models(self, run: Callable[[], _Ran]) -> _Ran:
-        """Run; if memory does not suffice, once more when everything that is not in use has left it."""
-        try:
-            return run()
-        except torch.OutOfMemoryError as fault:
-            first = fault.with_traceback(None)  # which knows everything that the job had allocated
-        # past the handler: until it ends, the fault and all that it knows of live
-        if not self.cache.clear_idle():
-            raise out_of_memory(first)
-        log.warning("out of memory: idle models are evicted and the request is tried once more")
-        try:
-            return run()
-        except torch.OutOfMemoryError as fault:
-            raise out_of_memory(fault.with_traceback(None)) from None
-
-    def _run(
-        self,
-        model: LoadedModel,
-        request: GenerationRequest,
-        on_step: OnStep,
-        cancelled: Callable[[], bool],
-        on_preview: OnPreview | None,
-    ) -> _Ran:
-        ticket = Ticket(cancelled)
+    def _run(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
+        request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview
         with self.executor.job(ticket), torch.no_grad():
             parts, used = components_with(model, request.attention)
+            parts = placed(model, parts, used, placement)
             generator = make_generators(request.seed)
             seen = {name: view(part, self.executor, ticket, first_seed(request.seed)) for name, part in parts.items()}
             pipe = make_pipeline(model, seen, request.pipeline, request.scheduler, request.safety_checker, generator)
@@ -259,17 +220,18 @@ class Engine:
                 raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
             images = to_uint8(out.images)
         flags = getattr(out, "nsfw_content_detected", None)
-        return images, [bool(flag) for flag in flags] if flags is not None else None, used
+        return Ran(images, [bool(flag) for flag in flags] if flags is not None else None, model.dtype, used, placement)
 
-    def _meta(self, model: LoadedModel, attention_used: str) -> dict[str, Any]:
-        dtype = str(model.dtype).removeprefix("torch.")
+    def _meta(self, request: GenerationRequest, done: Ran) -> dict[str, Any]:
+        dtype = str(done.dtype).removeprefix("torch.")
+        numerics = f"{self.device.torch.type}/{dtype}/{done.attention}/eager"
         return {
             "device": self.device.torch.type,
             "device_name": self.device.name,
             "dtype": dtype,
-            "placement": "full",
-            "attention": attention_used,
-            "numerics": f"{self.device.torch.type}/{dtype}/{attention_used}/eager",
+            "placement": done.placement,
+            "attention": done.attention,
+            "numerics": f"{numerics}/tiled" if done.placement == "tiled" else numerics,
             "versions": self.versions,
         }
 

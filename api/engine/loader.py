@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from api.engine import skeletons
-from api.engine.device import Device
+from api.engine.device import Device, shortage
 from api.engine.headers import broken, file_identity, read_header
 from api.engine.library import Weightless, load_module
 from api.engine.owning import own, shared_unless_changed
@@ -382,6 +382,8 @@ def naming(ref: ModelRef) -> Iterator[None]:
     except Exception as fault:
         if isinstance(fault, ApiError) and fault.requested is not None:
             raise
+        if text := shortage(fault):
+            raise torch.OutOfMemoryError(text) from None
         raise ApiError(
             "MODEL_BROKEN",
             f'"{ref.model_id}" cannot be loaded: {_said(fault)}',

@@ -170,6 +170,7 @@ class _Tree:
             finally:
                 self.inside = False
 
+        own.__name__ = name
         own.runs_alone = True  # type: ignore[attr-defined]
         return own
 

@@ -57,6 +57,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         safety_checker: run the model's safety checker, where it has one.
         meta: what is already known of ``$meta``.
         preview: a small picture of each image after every so many steps; 0: about four in all; None: none.
+        offload: ``auto``, or ``none``: the model is held as it is, whether the request fits so or not.
+        low_vram: take as little of the device's memory as can be.
     """
 
     id: str
@@ -74,6 +76,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     safety_checker: bool
     meta: dict[str, Any]
     preview: int | None = None
+    offload: str = "auto"
+    low_vram: bool = False
 
 
 class GenerationResult(msgspec.Struct):

@@ -244,6 +244,9 @@ class Admission:
         if draft.model.source:
             meta["source"] = draft.model.source
             meta["source_version"] = ref.revision
+        low_vram = bool(options.get("low_vram"))
+        if low_vram:
+            meta["low_vram"] = True
         if "startRequestId" in options:
             meta["startRequestId"] = options["startRequestId"]
         wants_xformers = options.get("xformers_memory_efficient_attention", self._settings.attention == "xformers")
@@ -263,6 +266,8 @@ class Admission:
             safety_checker=options.get("safety_checker", True),
             meta=meta,
             preview=options.get("preview"),
+            offload=options.get("OFFLOAD", "auto" if low_vram else self._settings.offload),
+            low_vram=low_vram,
         )
 
     def _pipeline(

@@ -18,6 +18,7 @@ TEXT = {
     "PIPELINE": "a diffusers pipeline class, or one of the AutoPipelines",
     "SCHEDULER": "a diffusers scheduler class",
     "image_format": "PNG, JPEG or WEBP",
+    "OFFLOAD": "auto, or none: the model is held as it is, whether the images fit so or not",
     "startRequestId": "the client's own id; returned in $meta",
 }
 FLAGS = {
@@ -26,9 +27,12 @@ FLAGS = {
     "is_url": "image, mask_image and init_image are URLs",
     "safety_checker": "run the model's safety checker, where it has one",
     "xformers_memory_efficient_attention": "use xformers where installed",
+    "low_vram": "decode in slices and tiles, with as little memory as can be",
 }
 WHOLE = {"image_quality": "1-100, for JPEG and WEBP"}
 OTHER = {"preview": "a small picture after every so many steps; true: about four in all"}
+OFFLOADS = ("auto", "none")
+_OFFLOADS_LATER = ("model", "sequential")
 _LONGEST = 200
 _LONGEST_URL = 8192
 _MOST_STEPS = 10**6
@@ -73,16 +77,35 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
         if name in TEXT and (not isinstance(value, str) or len(value) > longest):
             message = f"Must be a string of at most {longest} characters: {TEXT[name]}."
             raise ApiError("INVALID_INPUTS", message, field=field, requested=value)
+        if name == "OFFLOAD":
+            _check_offload(value)
         if name in FLAGS:
-            if not isinstance(value, bool) and value not in (0, 1):
-                raise ApiError("INVALID_INPUTS", f"Must be true or false: {FLAGS[name]}.", field=field, requested=value)
-            value = bool(value)
+            value = _flag(name, value)
         if name in WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
             raise ApiError("INVALID_INPUTS", f"Must be a whole number: {WHOLE[name]}.", field=field, requested=value)
         if name == "preview" and (value := _preview(value)) is None:
             continue
         out[name] = value
+    if out.get("low_vram") and out.get("OFFLOAD") == "none":
+        message = "Asks for the opposite of OFFLOAD none; send one of them."
+        raise ApiError("INVALID_INPUTS", message, field="callInputs.low_vram", requested=True)
     return out
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool) and value not in (0, 1):
+        message = f"Must be true or false: {FLAGS[name]}."
+        raise ApiError("INVALID_INPUTS", message, field=f"callInputs.{name}", requested=value)
+    return bool(value)
+
+
+def _check_offload(value: str) -> None:
+    if value in _OFFLOADS_LATER:
+        message = f"This version keeps a running model's weights on the device: send {' or '.join(OFFLOADS)}."
+        raise ApiError("NOT_SUPPORTED", message, field="callInputs.OFFLOAD", requested=value, available=list(OFFLOADS))
+    if value not in OFFLOADS:
+        message = f"Must be one of {', '.join(OFFLOADS)}."
+        raise ApiError("INVALID_INPUTS", message, field="callInputs.OFFLOAD", requested=value, available=list(OFFLOADS))
 
 
 def _preview(value: Any) -> int | None:

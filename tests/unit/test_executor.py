@@ -424,7 +424,6 @@ def test_what_is_run_on_the_device_is_not_kept(executor: Executor) -> None:
         weights = torch.zeros(8)
         held.append(weakref.ref(weights))
         run(lambda weights=weights: float(weights.sum()))
-        run((lambda weights: lambda: float(weights.sum()))(weights))
         del weights
     executor.on_device(gc.collect)
     gc.collect()

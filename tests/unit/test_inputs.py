@@ -125,6 +125,37 @@ def test_options_of_the_old_system_are_refused_rather_than_ignored() -> None:
         admit({"prompt": "x"}, {name: ""})
 
 
+def test_how_a_model_is_held_can_be_asked_for() -> None:
+    def asked(call_inputs: dict[str, Any]) -> tuple[str, bool, bool]:
+        request = admit({"prompt": "x"}, call_inputs)
+        return request.offload, request.low_vram, request.meta.get("low_vram", False)
+
+    assert asked({}) == ("auto", False, False)
+    assert asked({"OFFLOAD": "none"}) == ("none", False, False)
+    assert asked({"low_vram": True, "OFFLOAD": "auto"}) == ("auto", True, True)
+    config = Settings.from_env({"MODELS_DIR": "/nonexistent", "RUNTIME_DOWNLOADS": "0", "OFFLOAD": "none"})
+    told = admission(config, has_gpu=True)
+    for call_inputs, offload in (({}, "none"), ({"OFFLOAD": "auto"}, "auto"), ({"low_vram": True}, "auto")):
+        assert asyncio.run(told.admit("test", {"prompt": "x"}, call_inputs)).request.offload == offload
+
+
+@pytest.mark.parametrize(
+    ("call_inputs", "field", "code"),
+    [
+        ({"OFFLOAD": "model"}, "OFFLOAD", "NOT_SUPPORTED"),
+        ({"OFFLOAD": "sequential"}, "OFFLOAD", "NOT_SUPPORTED"),
+        ({"OFFLOAD": "all"}, "OFFLOAD", "INVALID_INPUTS"),
+        ({"OFFLOAD": True}, "OFFLOAD", "INVALID_INPUTS"),
+        ({"low_vram": "yes"}, "low_vram", "INVALID_INPUTS"),
+        ({"low_vram": True, "OFFLOAD": "none"}, "low_vram", "INVALID_INPUTS"),
+    ],
+)
+def test_how_a_model_cannot_be_held(call_inputs: dict[str, Any], field: str, code: str) -> None:
+    with pytest.raises(ApiError) as error:
+        admit({"prompt": "x"}, call_inputs)
+    assert (error.value.code, error.value.field) == (code, f"callInputs.{field}")
+
+
 def png(width: int, height: int, mode: str = "RGB") -> bytes:
     out = io.BytesIO()
     Image.new(mode, (width, height), 7).save(out, "PNG")

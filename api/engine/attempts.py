@@ -1,0 +1,209 @@
+"""Runs a request as often as memory asks for: beside others, alone, and down the ladder of placements.
+
+What was tried in company decides over nothing: a placement that changes pixels is taken only when the request did not
+fit with the device for itself, so that the load of the moment never shows in an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from api.engine.cache import ModelCache, Reservation
+from api.engine.company import Company
+from api.engine.device import Device, shortage
+from api.engine.executor import Cancelled, Ticket
+from api.engine.line import Line
+from api.engine.loader import LoadedModel
+from api.engine.placement import Ladder, size_of
+from api.engine.preview import OnPreview
+from api.errors import ApiError
+from api.schema.generation import GenerationRequest
+
+log = logging.getLogger("api.engine")
+
+OnStep = Callable[[int, int], None]
+OnPhase = Callable[[str, str], None]
+
+
+class Ran(NamedTuple):
+    """A run that went well, and how it was done."""
+
+    images: np.ndarray
+    nsfw: list[bool] | None
+    dtype: torch.dtype
+    attention: str
+    placement: str
+
+
+class _Short(NamedTuple):
+    """A run for which memory did not suffice: the method of a module that it ended in, and the error's text."""
+
+    short_at: str
+    text: str
+
+
+@dataclass
+class Job:
+    """A request on its way, through as many runs as it takes; the arguments are those of ``Engine.generate``."""
+
+    request: GenerationRequest
+    on_step: OnStep
+    on_phase: OnPhase
+    cancelled: Callable[[], bool]
+    on_preview: OnPreview | None
+    deadline: float
+    overdue: float
+    began: float = 0.0
+    short: _Short = _Short("", "")
+    tried: list[str] = field(default_factory=list)
+
+
+class Attempts:
+    """Runs requests.
+
+    Args:
+        cache: of the models.
+        line: gives them out.
+        device: asked what it has.
+        run_once: runs a request for a job of the executor, with a model under a placement.
+
+    Attributes:
+        company: who shares the device's memory.
+    """
+
+    def __init__(
+        self,
+        cache: ModelCache,
+        line: Line,
+        device: Device,
+        run_once: Callable[[LoadedModel, Job, Ticket, str], Ran],
+    ) -> None:
+        self._cache = cache
+        self._line = line
+        self._device = device
+        self._run_once = run_once
+        self._ladder = Ladder()
+        self.company = Company()
+
+    def run(self, job: Job, timings: dict[str, int]) -> Ran:
+        """Run a request, again where memory does not suffice.
+
+        Args:
+            job: which.
+            timings: to be filled in, milliseconds by phase.
+
+        Raises:
+            Cancelled: the job is to stop.
+            ApiError: MODEL_BROKEN, OUT_OF_MEMORY; what is wrong with the request.
+        """
+        with self.company.together(job.cancelled) as visit:
+            done = self._run_in_company(job, timings)
+        if done is None:
+            with self.company.alone(job.cancelled):
+                done = self._run_alone(job, timings, again=visit.had_company)
+        return done
+
+    @contextlib.contextmanager
+    def _leased(self, job: Job, timings: dict[str, int]) -> Iterator[LoadedModel]:
+        """Hold the job's model; how long that and the rest took is added up, its phases are told once."""
+        loading: list[tuple[Mapping[str, float], float]] = []
+        first = not job.began
+
+        def on_load(reservation: Reservation) -> None:
+            if not loading and first:
+                job.on_phase("loadModel", "start")
+            loading.append((reservation.seconds, time.perf_counter()))  # not what it holds
+
+        with self._line.lease(job.request.model, job.cancelled, job.deadline, job.overdue, on_load) as model:
+            if loading and first:
+                timings["loadModel"] = _ms(loading[0][1])
+                timings |= {name: round(took * 1000) for name, took in loading[-1][0].items()}
+                job.on_phase("loadModel", "done")
+            if first:
+                job.on_phase("inference", "start")
+                job.began = time.perf_counter()
+            yield model
+            timings["inference"] = _ms(job.began)
+
+    def _run_in_company(self, job: Job, timings: dict[str, int]) -> Ran | None:
+        """Run beside other jobs; None where memory did not suffice, even when what is not in use had left it."""
+        with self._leased(job, timings) as model:
+            placement = self._ladder.start(model, job.request)
+            done = self._try(model, job, placement)
+            if isinstance(done, _Short) and self._cache.clear_idle():
+                log.warning("out of memory: idle models are evicted and the request is tried once more")
+                done = self._try(model, job, placement)
+        return None if isinstance(done, _Short) else done
+
+    def _run_alone(self, job: Job, timings: dict[str, int], *, again: bool) -> Ran:
+        """Run with the device's memory for oneself, and down the ladder where even that does not suffice.
+
+        Args:
+            job: which.
+            timings: to be filled in.
+            again: the placement that did not suffice may do so now: others were there.
+
+        Raises:
+            ApiError: OUT_OF_MEMORY.
+        """
+        with self._leased(job, timings) as model:
+            again = self._cache.clear_idle() or again
+            log.warning("out of memory: the request is run alone")
+            placement: str | None = self._ladder.start(model, job.request)
+            done: Ran | _Short = job.short
+            while placement:
+                if again:
+                    done = self._try(model, job, placement)
+                if isinstance(done, Ran):
+                    return done
+                placement, again = self._ladder.lower(model, job.request, placement, done.short_at), True
+        raise self._out_of_memory(model, job)
+
+    def _try(self, model: LoadedModel, job: Job, placement: str) -> Ran | _Short:
+        """Run; where memory does not suffice, what is known of that, and nothing of what the job had allocated."""
+        ticket = Ticket(job.cancelled)
+        job.tried.append(placement)
+        try:
+            return self._run_once(model, job, ticket, placement)
+        except Cancelled:
+            raise
+        except Exception as fault:
+            if (text := shortage(fault)) is None:
+                raise
+        # past the handler: until it ends, the fault and all that it knows of live
+        log.info("out of memory as %s, in %s: %s", placement, ticket.short_at or "the job itself", text[:200])
+        job.short = _Short(ticket.short_at, text)
+        return job.short
+
+    def _out_of_memory(self, model: LoadedModel, job: Job) -> ApiError:
+        request, memory, found = job.request, self._cache.memory(), self._device.memory()
+        size = "x".join(map(str, size_of(request)))
+        what = f"{request.images} images" if request.images > 1 else "The image"
+        has = f" of {found.total / 1e9:.2f} GB" if found else ""
+        tried = ", ".join(dict.fromkeys(job.tried))
+        message = (
+            f"{what}{f' of {size}' if size else ''} and the {model.bytes / 1e9:.2f} GB of {model.ref.model_id} do not "
+            f"fit in the memory{has} of the device, tried alone as {tried}. Ask for fewer or smaller images"
+            f"{'' if request.offload == 'auto' else ', or leave OFFLOAD out'}. {job.short.text[:200]}"
+        )
+        numbers = {
+            "model_bytes": model.bytes,
+            "device_bytes": memory.device,
+            "device_limit": memory.device_limit,
+            "device_total": found.total if found else None,
+            "device_free": found.free if found else None,
+            "placements": list(dict.fromkeys(job.tried)),
+        }
+        return ApiError("OUT_OF_MEMORY", message, requested=size or None, available=numbers)
+
+
+def _ms(began: float) -> int:
+    return round((time.perf_counter() - began) * 1000)
