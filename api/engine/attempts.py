@@ -77,6 +77,7 @@ class Attempts:
 
     Attributes:
         company: who shares the device's memory.
+        ladder: of placements.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Attempts:
         self._line = line
         self._device = device
         self._run_once = run_once
-        self._ladder = Ladder()
+        self.ladder = Ladder()
         self.company = Company()
 
     def run(self, job: Job, timings: dict[str, int]) -> Ran:
@@ -136,7 +137,7 @@ class Attempts:
     def _run_in_company(self, job: Job, timings: dict[str, int]) -> Ran | None:
         """Run beside other jobs; None where memory did not suffice, even when what is not in use had left it."""
         with self._leased(job, timings) as model:
-            placement = self._ladder.start(model, job.request)
+            placement = self.ladder.start(model, job.request)
             done = self._try(model, job, placement)
             if isinstance(done, _Short) and self._cache.clear_idle():
                 log.warning("out of memory: idle models are evicted and the request is tried once more")
@@ -157,14 +158,15 @@ class Attempts:
         with self._leased(job, timings) as model:
             again = self._cache.clear_idle() or again
             log.warning("out of memory: the request is run alone")
-            placement: str | None = self._ladder.start(model, job.request)
+            placement: str | None = self.ladder.start(model, job.request)
             done: Ran | _Short = job.short
             while placement:
                 if again:
                     done = self._try(model, job, placement)
                 if isinstance(done, Ran):
                     return done
-                placement, again = self._ladder.lower(model, job.request, placement, done.short_at), True
+                placement, again = self.ladder.lower(model, job.request, placement, done.short_at), True
+        self.ladder.note(model, job.request, fitted=False)
         raise self._out_of_memory(model, job)
 
     def _try(self, model: LoadedModel, job: Job, placement: str) -> Ran | _Short:
@@ -172,7 +174,9 @@ class Attempts:
         ticket = Ticket(job.cancelled)
         job.tried.append(placement)
         try:
-            return self._run_once(model, job, ticket, placement)
+            done = self._run_once(model, job, ticket, placement)
+            self.ladder.note(model, job.request, fitted=True)
+            return done
         except Cancelled:
             raise
         except Exception as fault:

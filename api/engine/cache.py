@@ -15,7 +15,7 @@ from torch import nn
 from api.engine.books import Begun, Moves, NeverFits, State, Turn
 from api.engine.executor import Cancelled
 from api.engine.parts import HostPart, Loader, PartSpec
-from api.engine.spent import Spent, measuring
+from api.engine.spent import Rate, Spent, measuring
 from api.engine.tiers import Tiers
 from api.errors import ApiError
 from api.schema.generation import ModelRef
@@ -75,6 +75,7 @@ class ModelCache:
         self._models: dict[str, Any] = {}
         """Assembled."""
         self._building = threading.Lock()
+        self.rates = {"read": Rate(), "copy": Rate()}
         self._known: dict[str, tuple[ModelRef, Sequence[PartSpec]]] = {}
 
     def __contains__(self, ref: ModelRef) -> bool:
@@ -289,6 +290,23 @@ class ModelCache:
         with self.tiers.lock:
             return {key: self.tiers.model_bytes(key)[0] for key in self.tiers.models() if self.tiers.resident(key)}
 
+    def missing(self, ref: ModelRef) -> tuple[str, int, int, int]:
+        """Where a model is, its bytes, and how many of them are to be read and to be copied to the device.
+
+        Raises:
+            ApiError: MODEL_BROKEN; OUT_OF_MEMORY: it never fits.
+        """
+        specs = {spec.key: spec for spec in self.parts(ref)}.values()
+        with self.tiers.lock:
+            try:
+                self.tiers.check_possible(list(specs))
+            except NeverFits as fault:
+                raise never_fits(ref, fault) from fault
+            known = [(spec.bytes, self.tiers.part(spec.key)) for spec in specs]
+            copy = sum(size for size, part in known if part is None or part.device is not State.HELD)
+            read = sum(size for size, part in known if part is None or State.HELD not in (part.host, part.device))
+        return "disk" if read else "host" if copy else "device", sum(size for size, _ in known), read, copy
+
     # --- moving ---
 
     def _know(self, ref: ModelRef, specs: Sequence[PartSpec]) -> None:
@@ -366,6 +384,7 @@ class ModelCache:
                 module = self.loader.place(spec, host, onto)
             reservation.seconds["build"] += spent.build
             reservation.seconds["copy"] += spent.copy
+            self.rates["copy"].note(spec.bytes, spent.copy)
             return module
 
         module = self._exclusively(place, cancelled) if spec.by_library else self._on_device(place)
@@ -425,6 +444,7 @@ class ModelCache:
         """A part that is in the host's memory, or whose turn it is to be read."""
         if turn is Turn.HELD:
             return self._host[spec.key]
+        began = time.perf_counter()
         try:
             host: HostPart = (
                 self._exclusively(lambda: self.loader.read(spec)) if spec.by_library else self.loader.read(spec)
@@ -433,6 +453,7 @@ class ModelCache:
             with self.tiers.lock:
                 self.tiers.read_failed(spec.key)
             raise
+        self.rates["read"].note(spec.bytes, time.perf_counter() - began)
         with self.tiers.lock:
             self._host[spec.key] = host
             self.tiers.read_done(spec.key)

@@ -30,6 +30,7 @@ from api.engine.tiers import Tiers
 from api.engine.views import view
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef, Picture
+from api.schema.messages import Planned
 
 log = logging.getLogger("api.engine")
 
@@ -145,6 +146,28 @@ class Engine:
         reservation = self.cache.reserve(ref, self.cache.parts(ref), evict=False)
         if reservation and self.cache.complete(reservation):
             self.cache.release(ref)
+
+    def plan(self, request: GenerationRequest) -> Planned:
+        """What a request would take, without running it.
+
+        Args:
+            request: validated; its pictures may be without pixels.
+
+        Raises:
+            ApiError: MODEL_BROKEN.
+        """
+        placement, fits = self.attempts.ladder.expected(request)
+        cache = self.cache
+        why = "" if fits is not False else "A request like it did not fit in the device's memory."
+        try:
+            tier, total, read, copy = cache.missing(request.model)
+        except ApiError as error:
+            if error.code != "OUT_OF_MEMORY":
+                raise
+            total = sum(spec.bytes for spec in cache.parts(request.model))
+            return Planned(False, error.message, None, "disk", total, total, total, None, None)
+        seconds = cache.rates["read"].seconds(read), cache.rates["copy"].seconds(copy)
+        return Planned(fits, why, placement, tier, total, read, copy, *seconds)
 
     def generate(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,30 @@ _REMEMBERED = 4096
 """Sizes of which is known that they do not fit: sizes are the clients' choice."""
 
 
+@dataclass(frozen=True)
+class Build:
+    """What a model's memory depends on, whichever its weights are.
+
+    Attributes:
+        codecs: of each autoencoder: its class, whether it takes slices, and the side beyond which it takes tiles.
+        bytes: of all weights.
+        dtype: that it computes in.
+    """
+
+    codecs: tuple[tuple[str, bool, float], ...]
+    bytes: int
+    dtype: str
+
+
+def build_of(model: LoadedModel) -> Build:
+    """Of a model in memory."""
+    parts = _autoencoders(model.components).values()
+    codecs = [
+        (type(part).__name__, isinstance(getattr(part, "use_slicing", None), bool), _tile(part)) for part in parts
+    ]
+    return Build(tuple(codecs), model.bytes, str(model.dtype))
+
+
 class Ladder:
     """Chooses placements, by what a request asks for and by what did not fit a job that had the device for itself.
 
@@ -36,18 +61,15 @@ class Ladder:
         self._lock = threading.Lock()
         self._too_high: dict[Hashable, str] = {}
         """By what is asked for: the lowest placement that did not suffice."""
+        self._fitted: dict[Hashable, bool] = {}
+        self._builds: dict[str, Build] = {}
 
     def start(self, model: LoadedModel, request: GenerationRequest) -> str:
         """The placement to begin with."""
-        known = rungs(model, request)
-        if request.low_vram:
-            return known[-1]
+        build = build_of(model)
         with self._lock:
-            failed = self._too_high.get(_kind(model, request))
-        if failed is None:
-            return known[0]
-        below = known[known.index(failed) + 1 :] if failed in known else []
-        return below[0] if below else known[-1]
+            _remember(self._builds, model.ref.key, build)
+            return self._start(build, request)
 
     def lower(self, model: LoadedModel, request: GenerationRequest, placement: str, short_at: str) -> str | None:
         """What to try after a placement did not suffice, though the job had the device for itself.
@@ -61,15 +83,13 @@ class Ladder:
         Returns:
             None: there is nothing that would help.
         """
-        below = rungs(model, request)
+        build = build_of(model)
+        below = rungs(build, request)
         below = below[below.index(placement) + 1 :]
         if short_at not in _CODECS or not below:
             return None
         with self._lock:
-            self._too_high.pop(kind := _kind(model, request), None)
-            self._too_high[kind] = placement
-            if len(self._too_high) > _REMEMBERED:
-                del self._too_high[next(iter(self._too_high))]
+            _remember(self._too_high, _kind(build, request), placement)
         log.warning(
             "%s of %s at %s does not fit as %s: %s from now on",
             short_at,
@@ -80,16 +100,36 @@ class Ladder:
         )
         return below[0]
 
+    def note(self, model: LoadedModel, request: GenerationRequest, *, fitted: bool) -> None:
+        """A request went well, or did not fit in any way."""
+        with self._lock:
+            _remember(self._fitted, _asked(build_of(model), request), fitted)
 
-def rungs(model: LoadedModel, request: GenerationRequest) -> list[str]:
+    def expected(self, request: GenerationRequest) -> tuple[str | None, bool | None]:
+        """The placement that a request would begin with, and whether one like it fitted; None: not known yet."""
+        with self._lock:
+            build = self._builds.get(request.model.key)
+            if build is None:
+                return (None if request.low_vram else "full"), None
+            return self._start(build, request), self._fitted.get(_asked(build, request))
+
+    def _start(self, build: Build, request: GenerationRequest) -> str:
+        known = rungs(build, request)
+        if request.low_vram:
+            return known[-1]
+        failed = self._too_high.get(_kind(build, request))
+        below = known[known.index(failed) + 1 :] if failed in known else known
+        return below[0] if below else known[-1]
+
+
+def rungs(build: Build, request: GenerationRequest) -> list[str]:
     """The placements that differ for a request, the one that takes most memory first."""
-    found = ["full"]
+    found, size = ["full"], size_of(request)
     if request.offload == "none":
         return found
-    parts = _autoencoders(model.components).values()
-    if request.images > 1 and any(isinstance(getattr(part, "use_slicing", None), bool) for part in parts):
+    if request.images > 1 and any(slices for _, slices, _ in build.codecs):
         found.append("sliced")
-    if any(_tiles(part, size_of(request)) for part in parts):
+    if any(not size or max(size) > tile for _, _, tile in build.codecs):
         found.append("tiled")
     return found
 
@@ -125,10 +165,21 @@ def size_of(request: GenerationRequest) -> tuple[int, ...]:
     return next(((picture.width, picture.height) for picture in request.pictures.values()), ())
 
 
-def _kind(model: LoadedModel, request: GenerationRequest) -> Hashable:
-    """Requests of one kind need the same memory for their images: models of as many bytes, in one precision."""
-    classes = tuple(type(part).__name__ for part in _autoencoders(model.components).values())
-    return classes, model.bytes, str(model.dtype), size_of(request), request.images > 1
+def _kind(build: Build, request: GenerationRequest) -> Hashable:
+    """Requests of one kind need the same memory for each of their images."""
+    return build, size_of(request), request.images > 1
+
+
+def _asked(build: Build, request: GenerationRequest) -> Hashable:
+    return build, size_of(request), request.images, request.pipeline, request.low_vram, request.offload
+
+
+def _remember(known: dict[Any, Any], key: Hashable, value: Any) -> None:
+    """Enter what is newest last; the oldest goes when there are too many."""
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > _REMEMBERED:
+        del known[next(iter(known))]
 
 
 def _autoencoders(components: dict[str, Any]) -> dict[str, nn.Module]:
@@ -139,8 +190,7 @@ def _autoencoders(components: dict[str, Any]) -> dict[str, nn.Module]:
     }
 
 
-def _tiles(part: nn.Module, size: tuple[int, ...]) -> bool:
-    """Whether an autoencoder would take an image of this size in more than one tile."""
+def _tile(part: nn.Module) -> float:
+    """The side of an image beyond which an autoencoder takes it in more than one tile; 0: not known."""
     names = ("tile_sample_min_size", "tile_sample_min_width", "tile_sample_min_height")
-    least = [tile for name in names if isinstance(tile := getattr(part, name, None), int | float)]
-    return not size or not least or max(size) > min(least)
+    return min((tile for name in names if isinstance(tile := getattr(part, name, None), int | float)), default=0.0)

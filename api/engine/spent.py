@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+
+_FADES = 0.8
+"""Weight of what was measured before, with each that is measured anew."""
 
 
 @dataclass
@@ -22,6 +26,27 @@ class Spent:
     read: float = 0.0
     build: float = 0.0
     copy: float = 0.0
+
+
+class Rate:
+    """How many bytes a second go one way, by the last ones that went."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = self._seconds = 0.0
+
+    def note(self, size: int, seconds: float) -> None:
+        """So many bytes took so long."""
+        with self._lock:
+            self._bytes = _FADES * self._bytes + size
+            self._seconds = _FADES * self._seconds + seconds
+
+    def seconds(self, size: int) -> float | None:
+        """What so many bytes should take; None where none went yet."""
+        with self._lock:
+            if not size:
+                return 0.0
+            return size * self._seconds / self._bytes if self._bytes else None
 
 
 _SPENT: ContextVar[Spent | None] = ContextVar("spent", default=None)

@@ -358,6 +358,16 @@ class Tiers:
             return None
         return off_device, off_host
 
+    def check_possible(self, pieces: Sequence[Piece]) -> None:
+        """Whether there would be room for a model of these parts, if all leases ended.
+
+        Raises:
+            NeverFits: there would not.
+        """
+        with self.lock:
+            mine = [self._parts.get(piece.key) or Part(piece.key, piece.architecture, piece.bytes) for piece in pieces]
+            self._check_possible(mine)
+
     def _check_possible(self, mine: list[Part]) -> None:
         needed = _sum(mine)
         if self._capacity is not None and needed > self._capacity:

@@ -48,6 +48,13 @@ class Stage(msgspec.Struct, tag=True):
     models: list[ModelRef]
 
 
+class Plan(msgspec.Struct, tag=True):
+    """Say what running a request would take, without running it; its pictures have sizes, but no pixels."""
+
+    request: GenerationRequest
+    id: str
+
+
 class Due(msgspec.Struct, tag=True):
     """How long a request, which follows, may wait for a model. ``time.monotonic``, which is one for all processes.
 
@@ -129,12 +136,39 @@ class Loaded(msgspec.Struct, tag=True):
     memory: Memory
 
 
+class Planned(msgspec.Struct):
+    """What running a request would take.
+
+    Attributes:
+        fits: None: not known before one like it has run.
+        why: it does not.
+        placement: that it would begin with; None: not known before its model has been in memory.
+        tier: where its model is: ``device``, ``host`` or ``disk``.
+        model: bytes of its weights.
+        read: of them, to be read from the disk.
+        copy: of them, to be brought onto the device.
+        read_seconds: that reading takes, by what others took; None: none was read yet.
+        copy_seconds: the same of the copying.
+    """
+
+    fits: bool | None
+    why: str
+    placement: str | None
+    tier: str
+    model: int
+    read: int
+    copy: int
+    read_seconds: float | None
+    copy_seconds: float | None
+
+
 class Answer(msgspec.Struct, tag=True):
-    """``Load`` or ``Unload`` is done. ``code`` and ``message`` are empty if it went well."""
+    """``Load``, ``Unload`` or ``Plan`` is done. ``code`` and ``message`` are empty if it went well."""
 
     id: str
     code: str = ""
     message: str = ""
+    plan: Planned | None = None
 
 
 class Alive(msgspec.Struct, tag=True):
@@ -205,7 +239,7 @@ class Failed(msgspec.Struct, tag=True):
     stack: str
 
 
-ToWorker = Load | Unload | Stage | Due | Generate | Cancel
+ToWorker = Load | Unload | Stage | Plan | Due | Generate | Cancel
 OnTheWay = Phase | Progress | Preview
 AboutJob = OnTheWay | Computed | Done | Failed
 FromWorker = Ready | Loaded | Answer | Alive | AboutJob

@@ -151,6 +151,29 @@ class Admission:
         else:
             await self._checked(model, options, model_inputs, ref, {})
 
+    async def plan(
+        self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
+    ) -> tuple[SourceRef, GenerationRequest | None]:
+        """Validate a request that is not to run, without fetching its model.
+
+        Returns:
+            What it asks for; None in place of the request where its model is not here, and all that can be said without
+            it is right.
+
+        Raises:
+            ApiError: the first thing that is wrong; where nothing is fetched, that the model is not here.
+        """
+        options = check_options(call_inputs)
+        ref, pictures = self.source_ref(options), dict[str, Picture]()
+        model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
+        if model is None:
+            check_early(options, model_inputs)
+            if not self._fetcher.is_local(ref):
+                return ref, None
+            model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
+        draft = await self._checked(model, options, model_inputs, ref, pictures)
+        return ref, self._complete("", draft, pictures, ref)
+
     async def _checked(
         self,
         model: InstalledModel,

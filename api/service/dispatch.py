@@ -112,6 +112,15 @@ class Dispatcher:
         refs += [ref for worker in self.workers for ref in worker.pinned]
         return {ref.folder.rpartition("/")[2] for ref in refs}
 
+    @property
+    def wait(self) -> float:
+        """Seconds until those who wait now have begun.
+
+        Little's law: the slots are full, and what a job holds its slot for was measured beside as many others.
+        """
+        slots = self._settings.max_concurrency * sum(not worker.defunct for worker in self.workers)
+        return (len(self._queue) + self.expected) * self._seconds / max(1, slots)
+
     def check_room(self) -> None:
         """Say no early.
 
@@ -124,9 +133,7 @@ class Dispatcher:
             raise ApiError("NOT_READY", "The workers do not start; the server's log says why.")
         waiting = len(self._queue) + self.expected
         if waiting >= self._settings.max_queue:
-            # Little's law: the slots are full, and what a job holds its slot for was measured beside as many others
-            slots = self._settings.max_concurrency * sum(not worker.defunct for worker in self.workers)
-            wait = max(1, math.ceil(waiting * self._seconds / max(1, slots)))
+            wait = max(1, math.ceil(self.wait))
             message = f"{waiting} requests are waiting, as many as MAX_QUEUE allows."
             raise ApiError("QUEUE_FULL", message, retry_after=wait)
 

@@ -16,7 +16,7 @@ from api.errors import ApiError
 from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef
-from api.schema.generation import GenerationResult, ModelRef
+from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
 from api.schema.messages import OnTheWay
 from api.schema.transfers import Transfer
 from api.service.admission import Admission, Admitted
@@ -139,6 +139,16 @@ class Service:
             ApiError: what is wrong with it.
         """
         await self._admission.check(model_inputs, call_inputs)
+
+    async def plan(
+        self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
+    ) -> tuple[SourceRef, GenerationRequest | None]:
+        """Validate a request that is not to run; see ``Admission.plan``.
+
+        Raises:
+            ApiError: what is wrong with it.
+        """
+        return await self._admission.plan(model_inputs, call_inputs)
 
     def source_ref(self, options: dict[str, Any]) -> SourceRef:
         """What checked ``callInputs`` name.

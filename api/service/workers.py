@@ -30,6 +30,7 @@ from api.schema.messages import (
     Load,
     Loaded,
     Memory,
+    Plan,
     Ready,
     Stage,
     Unload,
@@ -167,7 +168,7 @@ class Worker:
         """Whether all of a model is in ``device`` or ``host`` memory."""
         return key in self.models and self.models[key].tier == tier
 
-    async def ask(self, message: Load | Unload) -> Answer:
+    async def ask(self, message: Load | Unload | Plan) -> Answer:
         """Send a message and wait until it is done."""
         if not self.ready:
             return Answer(message.id, "NOT_READY", "The worker is not ready; send the request again later.")
@@ -184,7 +185,7 @@ class Worker:
             self.staged = refs
             self.send(Stage(refs))
 
-    def send(self, message: Load | Unload | Stage | Due | Cancel) -> None:
+    def send(self, message: Load | Unload | Plan | Stage | Due | Cancel) -> None:
         """Send a message to the living incarnation."""
         self._write(frame(message))
 

@@ -16,6 +16,7 @@ from api.schema.messages import (
     FromWorker,
     Generate,
     Load,
+    Plan,
     Stage,
     Unload,
     frame,
@@ -39,7 +40,7 @@ class Link:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._sending = threading.Lock()
-        self.inbox: queue.SimpleQueue[Load | Unload | Stage | Generate | Cancel] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Load | Unload | Stage | Plan | Generate | Cancel] = queue.SimpleQueue()
         self._known: set[str] = set()
         self._cancelled: set[str] = set()
         self._due: dict[str, Due] = {}

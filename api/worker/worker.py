@@ -32,6 +32,7 @@ from api.schema.messages import (
     Loaded,
     OnTheWay,
     Phase,
+    Plan,
     Preview,
     Progress,
     Stage,
@@ -105,6 +106,8 @@ class Worker:
                 self._engine.cache.unload(message.key, message.to)
                 self._report()
                 self._link.send(Answer(message.id))
+            elif isinstance(message, Plan):
+                self._encoders.submit(self._plan, message)
             elif isinstance(message, Stage):
                 self._engine.want(message.models)
             elif isinstance(message, Generate):
@@ -152,6 +155,16 @@ class Worker:
         self._report()
         if message.id:
             self._link.send(answer)
+
+    def _plan(self, message: Plan) -> None:
+        try:
+            answer = Answer(message.id, plan=self._engine.plan(message.request))
+        except ApiError as error:
+            answer = Answer(message.id, error.code, error.message)
+        except Exception as fault:
+            log.exception("%s cannot be planned for", message.request.model.model_id)
+            answer = Answer(message.id, "INTERNAL_ERROR", f"{type(fault).__name__}; the server's log says more.")
+        self._link.send(answer)
 
     def _run(self, request: GenerationRequest, events: bool) -> None:
         with self._pulse.working():
