@@ -88,7 +88,8 @@ async def unload(service: Service, body: dict[str, Any]) -> list[Held]:
         named = model.model_id == ref.model_id and ref.revision in ("", model.revision)
         return (named or model.folder == folder) and precision in ("", model.precision)
 
-    if found is None and not held(workers, means):
+    forgotten = [worker.forget(means) for worker in workers]
+    if found is None and not held(workers, means) and not any(forgotten):
         raise fault
     asked = [
         worker.ask(Unload(key, secrets.token_hex(8), tier))

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from api.schema.generation import ModelRef
 from api.schema.messages import (
@@ -60,6 +61,16 @@ _FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.
 """What a process dies of by itself."""
 _LONGEST_PAUSE = 30.0
 """Seconds between two starts, at most."""
+_RESTORES = 3
+"""How many incarnations are asked to bring back a model: one that dies meanwhile may have died of it."""
+
+
+@dataclass
+class _Lost:
+    """A model that was in a worker's memory when it died, and how many were asked to bring it back."""
+
+    held: Held
+    tries: int = 0
 
 
 class Worker:
@@ -98,7 +109,7 @@ class Worker:
         self.models: dict[str, Held] = {}
         self.memory: Memory | None = None
         self.staged: list[ModelRef] = []
-        self._lost: list[Held] = []
+        self._lost: dict[str, _Lost] = {}
         self._asked: dict[str, asyncio.Future[Answer]] = {}
         self._workers = workers
         self.ready = False
@@ -133,8 +144,9 @@ class Worker:
 
     @property
     def pinned(self) -> list[ModelRef]:
-        """The models that are pinned to its memory. May be called from any thread."""
-        return [held.ref for held in self.models.values() if held.pin]
+        """The models that are pinned to its memory, or will be once more. May be called from any thread."""
+        lost = [lost.held for lost in list(self._lost.values())]
+        return [held.ref for held in [*self.models.values(), *lost] if held.pin]
 
     def start(self) -> None:
         """Start the process and keep it alive until ``stop``."""
@@ -178,6 +190,13 @@ class Worker:
             return await asked
         finally:
             del self._asked[message.id]
+
+    def forget(self, means: Callable[[ModelRef], bool]) -> bool:
+        """Not bring back a model that was lost when the last incarnation died; whether there was one."""
+        keys = [key for key, lost in self._lost.items() if means(lost.held.ref)]
+        for key in keys:
+            del self._lost[key]
+        return bool(keys)
 
     def stage(self, refs: list[ModelRef]) -> None:
         """Have these models, and no others, read ahead."""
@@ -247,8 +266,9 @@ class Worker:
 
     def _ended(self) -> None:
         """The process is gone, and with it everything that is known of it."""
-        # one that died before it was ready may have died of these
-        self._lost = [held for held in reversed(self.models.values()) if held.pin or held.tier == "device"]
+        had = (held for held in reversed(self.models.values()) if held.pin or held.tier == "device")
+        # what it was still to bring back is known better from the one before
+        self._lost = {held.ref.key: _Lost(held) for held in had} | self._lost
         self.ready, self.models, self.info, self.memory, self.staged = False, {}, None, None, []
         for id, asked in self._asked.items():
             if not asked.done():
@@ -291,10 +311,20 @@ class Worker:
     def _restore(self) -> None:
         """Have the models back that requests had brought into its memory, those used last first, as far as they fit."""
         warm = {load.model.key for load in self._warm}
-        for held in sorted(self._lost, key=lambda held: not held.pin):
-            if held.pin or held.ref.key not in warm:
-                self.send(Load(held.ref, tier=held.pin or "device", pin=bool(held.pin), evict=False))
-        self._lost = []
+        for key, lost in sorted(self._lost.items(), key=lambda item: not item[1].held.pin):
+            held, lost.tries = lost.held, lost.tries + 1
+            if lost.tries > _RESTORES:
+                log.warning("worker %s died %d times before %s was loaded again: given up", self.device, _RESTORES, key)
+                del self._lost[key]
+            elif held.pin or key not in warm:
+                self.send(Load(held.ref, key, held.pin or "device", pin=bool(held.pin), evict=False))
+            else:
+                del self._lost[key]
+
+    def _restored(self, key: str, answer: Answer) -> None:
+        lost = self._lost.pop(key)
+        if answer.code and lost.held.pin:
+            log.warning("worker %s: %s is pinned no more: %s %s", self.device, key, answer.code, answer.message)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while True:
@@ -319,6 +349,8 @@ class Worker:
         elif isinstance(message, Answer):
             if (asked := self._asked.get(message.id)) and not asked.done():
                 asked.set_result(message)
+            elif message.id in self._lost:
+                self._restored(message.id, message)
         elif isinstance(message, Alive):
             self._heard(message.stalled)
         else:

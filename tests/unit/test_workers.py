@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from api.schema.generation import ModelRef
+from api.schema.messages import Answer, Held, Load, Loaded, Memory, Ready, parse_to_worker
 from api.service import workers
 from api.service.workers import Worker
 
@@ -31,6 +33,86 @@ def started_as(code: str, monkeypatch: pytest.MonkeyPatch) -> list[asyncio.subpr
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", create)
     return started
+
+
+def ref_of(model: str) -> ModelRef:
+    return ModelRef(model, "r", "fp32", f"/{model}")
+
+
+class Restored:
+    """A worker without a process, that had ``a`` and ``b`` pinned and ``c`` on the device."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.worker = Worker("cpu", 1000, lambda worker, message: None, lambda worker: None)
+        self.worker._write = lambda data: self.sent.append(parse_to_worker(data[4:]))  # type: ignore[method-assign]
+        self.starts()
+        self.has(a="device", b="host", c="")
+
+    def starts(self) -> list[tuple[str, str, bool]]:
+        """It is ready; what it is asked to bring back: model, tier, pinned."""
+        self.sent.clear()
+        self.worker._receive(Ready("cpu", "", {}, 0, 0, 1))
+        assert all(isinstance(message, Load) for message in self.sent)
+        return [(message.model.model_id, message.tier, message.pin) for message in self.sent]
+
+    def answers(self, model: str, code: str = "") -> None:
+        self.worker._receive(Answer(next(m.id for m in self.sent if m.model.model_id == model), code))
+
+    def has(self, **pins: str) -> None:
+        held = {ref_of(m).key: Held(ref_of(m), pin or "device", 1, 1, 0, pin, 0.0) for m, pin in pins.items()}
+        self.worker._receive(Loaded(held, Memory(1, 1, 1, 1, 1)))
+
+    def dies(self) -> None:
+        self.worker._ended()
+
+
+async def test_what_was_not_yet_brought_back_when_it_died_again_is_brought_back_by_the_next() -> None:
+    it = Restored()
+    it.dies()
+    before = it.starts()
+    assert before == [("b", "host", True), ("a", "device", True), ("c", "device", False)]
+    it.has(a="", b="host")  # one is there and not pinned yet, of the last one nothing
+    it.answers("b")
+    it.dies()
+    assert sorted(model.model_id for model in it.worker.pinned) == ["a", "b"]  # their folders stay on the volume
+    assert sorted(it.starts()) == sorted(before)
+    for model in "abc":
+        it.answers(model)
+    it.has(b="host")
+    it.dies()
+    assert it.starts() == [("b", "host", True)]  # what is back and unloaded since is not restored
+
+
+async def test_what_it_dies_of_again_and_again_is_given_up_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    it = Restored()
+    for _ in range(3):
+        it.dies()
+        assert len(it.starts()) == 3
+    assert not caplog.records
+    it.dies()
+    assert it.starts() == []
+    assert sorted(record.args[2] for record in caplog.records) == [ref_of(model).key for model in "abc"]
+
+
+async def test_a_pin_that_no_longer_fits_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    it = Restored()
+    it.dies()
+    it.starts()
+    it.answers("c", "OUT_OF_MEMORY")
+    assert not caplog.records
+    it.answers("a", "OUT_OF_MEMORY")
+    assert ref_of("a").key in caplog.text
+    it.answers("b")
+    it.dies()
+    assert it.starts() == []
+
+
+async def test_what_is_unloaded_while_no_worker_lives_does_not_come_back() -> None:
+    it = Restored()
+    it.dies()
+    assert it.worker.forget(lambda ref: ref.model_id == "a")
+    assert [model for model, *_ in it.starts()] == ["b", "c"]
 
 
 async def until(condition: Any, seconds: float = 10) -> None:
@@ -70,7 +152,7 @@ async def test_a_message_that_cannot_be_read_ends_the_process_not_the_watch(monk
 async def test_it_is_defunct_while_it_does_not_start_and_no_longer_when_it_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from api.schema.messages import Ready, frame
+    from api.schema.messages import frame
 
     monkeypatch.setattr(workers, "_LONGEST_PAUSE", 0.05)
     ready = frame(Ready("cpu", "a CPU", {}, 2, 1, 2))
@@ -93,7 +175,7 @@ async def test_it_is_defunct_while_it_does_not_start_and_no_longer_when_it_does(
 
 @pytest.mark.parametrize("then", ["time.sleep(60)", "s.sendall(BUSY); time.sleep(60)"], ids=["silent", "hung"])
 async def test_a_worker_that_hangs_is_killed_and_started_again(monkeypatch: pytest.MonkeyPatch, then: str) -> None:
-    from api.schema.messages import Alive, Ready, frame
+    from api.schema.messages import Alive, frame
 
     ready, busy = frame(Ready("cpu", "a CPU", {}, 2, 1, 2)), frame(Alive(5.0))
     code = (
@@ -134,7 +216,7 @@ async def test_a_start_that_takes_long_and_says_so_is_left_alone(monkeypatch: py
 
 
 async def test_a_worker_that_gives_signs_of_life_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from api.schema.messages import Alive, Ready, frame
+    from api.schema.messages import Alive, frame
 
     ready, alive = frame(Ready("cpu", "a CPU", {}, 2, 1, 2)), frame(Alive(0.1))
     code = f"import socket,sys,time; s=socket.socket(fileno=int(sys.argv[1])); s.sendall({ready!r})\nwhile 1: s.sendall({alive!r}); time.sleep(.1)"
@@ -159,7 +241,7 @@ async def test_a_worker_that_gives_signs_of_life_is_left_alone(monkeypatch: pyte
     ],
 )
 async def test_what_a_worker_died_of(monkeypatch: pytest.MonkeyPatch, end: str, crashed: bool) -> None:
-    from api.schema.messages import Ready, frame
+    from api.schema.messages import frame
 
     ready = frame(Ready("cpu", "a CPU", {}, 2, 1, 2))
     code = f"import os,signal,socket,sys,time; socket.socket(fileno=int(sys.argv[1])).sendall({ready!r}); {end}"
