@@ -122,6 +122,8 @@ def _read(body: dict[str, Any], tiers: tuple[str, ...], default: str) -> tuple[d
 
 
 def _ready(service: Service) -> list[Worker]:
+    if service.dispatcher.draining:
+        raise ApiError("NOT_READY", "The server is shutting down.")
     ready = [worker for worker in service.dispatcher.workers if worker.ready]
     if not ready:
         raise ApiError("NOT_READY", "No worker is ready yet; send the request again later.")

@@ -64,6 +64,8 @@ _LONGEST_PAUSE = 30.0
 _RESTORES = 3
 """How many incarnations are asked to bring back a model: one that dies meanwhile may have died of it."""
 
+_SHUTS_DOWN = "NOT_READY", "The server is shutting down; send the request again."
+
 
 @dataclass
 class _Lost:
@@ -155,6 +157,7 @@ class Worker:
     async def stop(self) -> None:
         """End the process: its socket closes, and it is killed if that does not do."""
         self._stopping = True
+        self._answer_all(*_SHUTS_DOWN)
         if self._alarm:
             self._alarm.cancel()
         if self._writer:
@@ -182,6 +185,8 @@ class Worker:
 
     async def ask(self, message: Load | Unload | Plan) -> Answer:
         """Send a message and wait until it is done."""
+        if self._stopping:
+            return Answer(message.id, *_SHUTS_DOWN)
         if not self.ready:
             return Answer(message.id, "NOT_READY", "The worker is not ready; send the request again later.")
         asked = self._asked[message.id] = asyncio.get_running_loop().create_future()
@@ -197,6 +202,11 @@ class Worker:
         for key in keys:
             del self._lost[key]
         return bool(keys)
+
+    def _answer_all(self, code: str, message: str) -> None:
+        for id, asked in self._asked.items():
+            if not asked.done():
+                asked.set_result(Answer(id, code, message))
 
     def stage(self, refs: list[ModelRef]) -> None:
         """Have these models, and no others, read ahead."""
@@ -270,9 +280,7 @@ class Worker:
         # what it was still to bring back is known better from the one before
         self._lost = {held.ref.key: _Lost(held) for held in had} | self._lost
         self.ready, self.models, self.info, self.memory, self.staged = False, {}, None, None, []
-        for id, asked in self._asked.items():
-            if not asked.done():
-                asked.set_result(Answer(id, "WORKER_DIED", "The worker died meanwhile; send the request again."))
+        self._answer_all("WORKER_DIED", "The worker died meanwhile; send the request again.")
         if self._alarm:
             self._alarm.cancel()
         if self._writer:

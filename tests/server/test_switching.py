@@ -218,6 +218,23 @@ def test_what_was_pinned_is_unloaded_by_name_though_its_files_were_replaced_or_r
         assert server.client.post("/models/unload", json={"MODEL_ID": "tiny/m0"}).status_code == 404
 
 
+def test_a_load_is_answered_when_the_server_shuts_down(ten: Path, tmp_path: Path) -> None:
+    with (
+        running(environ(ten, DRAIN_TIMEOUT="1"), tmp_path / "server.log") as server,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        (worker,) = server.worker_pids()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            asked = pool.submit(server.client.post, "/models/load", json={"MODEL_ID": MODELS[1]})
+            time.sleep(1)  # nothing tells that it has come
+            server.process.send_signal(signal.SIGTERM)
+            answer = asked.result()
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert (answer.status_code, answer.json()["$error"]["code"]) == (503, "NOT_READY")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code", "field"),
     [

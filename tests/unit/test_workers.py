@@ -115,6 +115,16 @@ async def test_what_is_unloaded_while_no_worker_lives_does_not_come_back() -> No
     assert [model for model, *_ in it.starts()] == ["b", "c"]
 
 
+async def test_who_waits_for_an_answer_is_told_that_the_server_shuts_down() -> None:
+    it = Restored()
+    asked = asyncio.create_task(it.worker.ask(Load(ref_of("d"), "1")))
+    await asyncio.sleep(0)
+    await it.worker.stop()
+    later = await it.worker.ask(Load(ref_of("e"), "2"))
+    assert (await asyncio.wait_for(asked, 20)).code == later.code == "NOT_READY"
+    assert [message.id for message in it.sent] == ["1"]
+
+
 async def until(condition: Any, seconds: float = 10) -> None:
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
