@@ -156,6 +156,7 @@ class Dispatcher:
             if job.id in worker.running and worker.ready:
                 worker.send(Cancel(job.id))
         self._finish(job, error)
+        self._feed()  # others may have waited for it, and its model need not be read ahead any more
 
     def _feed(self) -> None:
         if self._look_again:

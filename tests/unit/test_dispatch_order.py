@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
 from api.schema.messages import Done, Due, Held, Ready, Stage, parse_to_worker
 from api.service.dispatch import Dispatcher
@@ -122,3 +123,23 @@ async def test_each_model_is_read_ahead_by_one_worker_the_one_that_has_it() -> N
     assert sorted(mine + theirs) == sorted(names)
     assert mine
     assert len(theirs) > 1
+
+
+async def test_the_model_of_a_job_that_was_cancelled_is_no_longer_read_ahead() -> None:
+    it = Standin(1)
+    it.submit("a", "b", "c")
+    assert it.staged[-1] == "bc"
+    it.dispatcher.cancel(list(it.jobs.values())[1], ApiError("CANCELLED", "The client went away."))
+    assert it.staged[-1] == "c"
+
+
+async def test_a_job_that_was_cancelled_while_it_waited_to_run_alone_keeps_nobody_waiting() -> None:
+    it = Standin(2)
+    it.submit("a")
+    lone = job("b")
+    lone.alone = True
+    it.dispatcher.submit(lone)
+    it.submit("c")
+    assert it.running == "a"
+    it.dispatcher.cancel(lone, ApiError("CANCELLED", "The client went away."))
+    assert it.running == "ac"
