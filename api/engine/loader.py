@@ -10,7 +10,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from api.engine import skeletons
+from api.engine.buffers import Spare
 from api.engine.device import Device, shortage
 from api.engine.headers import broken, file_identity, read_header
 from api.engine.library import Weightless, load_module
 from api.engine.owning import own, shared_unless_changed
 from api.engine.parts import HostPart, PartSpec
-from api.engine.reading import BufferPart, Spare, read
+from api.engine.reading import BufferPart, read
 from api.engine.skeletons import NotExactError, Skeleton, build
 from api.engine.specs import (
     Component,
@@ -98,14 +99,12 @@ class PartLoader:
 
     Args:
         device: where modules are placed.
-
-    Attributes:
-        spare: memory that parts have left; keeps nothing until its ``limit`` is set.
+        room: bytes of the host's memory that nobody needs now; asked at any time in any thread, so it takes no lock.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, room: Callable[[], int] = lambda: 0) -> None:
         self._device = device
-        self.spare = Spare()
+        self._spare = Spare(room)
         self._weightless = Weightless()
         self._twins = Twins()
         self._skeletons: OrderedDict[str, Skeleton | None] = OrderedDict()
@@ -180,6 +179,10 @@ class PartLoader:
 
     # --- from disk to host ---
 
+    def release(self) -> None:
+        """Give back the memory that is kept for parts to come."""
+        self._spare.clear()
+
     def read(self, spec: PartSpec) -> HostPart:
         """Read a part from disk into host memory; in any thread unless ``spec.by_library``.
 
@@ -209,7 +212,7 @@ class PartLoader:
         shares, pin = self._device.shares_host, self._device.is_cuda
         with _as_broken(spec.folder):
             headers = [read_header(path) for path in spec.files]
-            return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self.spare)
+            return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self._spare)
 
     # --- from host to device ---
 

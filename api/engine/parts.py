@@ -78,6 +78,9 @@ class Loader(Protocol):
             MemoryError: there is no room.
         """
 
+    def release(self) -> None:
+        """Give back the memory that is kept for parts to come."""
+
     def place(self, spec: PartSpec, host: HostPart, onto: nn.Module | None) -> nn.Module:
         """Make a part's module on the device, on the device's thread.
 

@@ -8,13 +8,11 @@ Otherwise several threads read into one buffer of the exact size, and cast on th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
 import mmap
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,13 +20,13 @@ from pathlib import Path
 
 import torch
 
+from api.engine.buffers import PAGE, Spare, advise, buffer
 from api.engine.headers import Header, Stored, broken
 from api.engine.parts import HostPart
 from api.engine.skeletons import Slot
 
 log = logging.getLogger("api.engine")
 
-_PAGE = mmap.PAGESIZE
 _BLOCK = 8 * 2**20
 _PIECES = 256
 """Tensors that one block holds at most; the kernel takes 1024 buffers in a call."""
@@ -36,11 +34,7 @@ _WARM_THREADS = 4
 _COLD_THREADS = 16
 _SAMPLES = 16
 _POPULATE_READ = 22
-_POPULATE_WRITE = 23
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "lustre", "virtiofs", "glusterfs", "beegfs")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 @dataclass
@@ -85,6 +79,8 @@ def read(
     # from a disk it is faster to read past the page cache, if there is memory already
     there = spare is not None and spare.fits(extent) and any(map(_is_cold, headers))
     if shares and as_it_is and not there and not any(_is_remote(header.path) for header in headers):
+        if spare is not None:
+            spare.trim()
         return _mapped(headers, slots, stored)
     return _copied(headers, slots, buffer(extent, pin, spare), extent)
 
@@ -116,30 +112,17 @@ def _map(header: Header) -> mmap.mmap:
     except (OSError, ValueError) as fault:
         raise _fault(header.path, fault) from fault
 
+    # the page cache is filled in large pages, which are mapped at once now and whenever the file is mapped again
+    advise(pages, 0, header.size, mmap.MADV_HUGEPAGE)
+
     # a page that cannot be read is an error here, and would be a signal that kills the process later
     def bring(begin: int) -> None:
-        _advise(pages, begin, min(32 * _BLOCK, header.size - begin), _POPULATE_READ, header.path)
+        if number := advise(pages, begin, min(32 * _BLOCK, header.size - begin), _POPULATE_READ):
+            raise _fault(header.path, OSError(number, os.strerror(number)))
 
     with ThreadPoolExecutor(_WARM_THREADS, thread_name_prefix="map") as pool:
         list(pool.map(bring, range(0, header.size, 32 * _BLOCK)))
     return pages
-
-
-def _advise(pages: mmap.mmap, begin: int, length: int, advice: int, path: Path | None) -> None:
-    """``madvise`` without the GIL; what this kernel does not know is left out.
-
-    Raises:
-        ApiError: MODEL_BROKEN: a page of the file cannot be read.
-        MemoryError: there is no room.
-    """
-    address = _address(pages) + begin
-    if _libc.madvise(address, length, advice) == 0:
-        return
-    number = ctypes.get_errno()
-    if number == errno.ENOMEM:
-        raise MemoryError(f"no room for {length} bytes")
-    if number not in (errno.EINVAL, errno.EPERM, errno.EAGAIN) and path is not None:
-        raise _fault(path, OSError(number, os.strerror(number)))
 
 
 def _is_remote(path: Path) -> bool:
@@ -158,126 +141,6 @@ def _is_remote(path: Path) -> bool:
 
 
 # --- copied ---
-
-
-class Spare:
-    """Memory that parts have left, for those that come: fresh pages may take longer than reading a file into old ones.
-
-    Args:
-        limit: bytes that are kept at most while nobody uses them; none unless whoever counts memory says so.
-    """
-
-    def __init__(self, limit: int = 0) -> None:
-        self.limit = limit
-        self._pages: list[_Pages] = []
-        self._lock = threading.RLock()  # memory may be left by a collection within any of these lines
-
-    @property
-    def bytes(self) -> int:
-        """What is kept now."""
-        with self._lock:
-            return sum(len(pages) for pages in self._pages)
-
-    def fits(self, size: int) -> bool:
-        """Whether there is memory for so many bytes, little larger than that."""
-        with self._lock:
-            return any(_suits(pages, size) for pages in self._pages)
-
-    def take(self, size: int, pin: bool) -> _Pages:
-        """Memory of at least that size, from what is kept or new.
-
-        Raises:
-            MemoryError: there is no room.
-        """
-        with self._lock:
-            found = min((pages for pages in self._pages if _suits(pages, size)), key=len, default=None)
-            if found is not None:
-                self._pages.remove(found)
-                return found
-        return _Pages.of(size, pin)
-
-    def leave(self, pages: _Pages) -> None:
-        """Nobody uses it any more. What is kept longest is freed when it gets too much."""
-        with self._lock:
-            self._pages.append(pages)
-            while self._pages and sum(len(kept) for kept in self._pages) > self.limit:
-                self._pages.pop(0)
-
-    def clear(self) -> None:
-        """Free all of it."""
-        with self._lock:
-            self._pages.clear()
-
-
-def _suits(pages: _Pages, size: int) -> bool:
-    return size <= len(pages) <= size + size // 8 + _BLOCK
-
-
-class _Pages(mmap.mmap):
-    """Memory of an exact size that is known to CUDA until it is freed."""
-
-    release: Callable[[], None] | None = None
-
-    @classmethod
-    def of(cls, size: int, pin: bool) -> _Pages:
-        """New memory.
-
-        Raises:
-            MemoryError: there is no room.
-        """
-        try:
-            pages = cls(-1, -(-size // _PAGE) * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as fault:
-            raise MemoryError(f"no room for {size} bytes") from fault
-        # pages of 2 MiB: to fault in pages of 4 KiB takes longer than to read a file
-        _advise(pages, 0, len(pages), mmap.MADV_HUGEPAGE, None)
-        if pin:
-            _pin(pages)
-        return pages
-
-    def __del__(self) -> None:
-        if self.release:
-            self.release()
-
-
-def _address(pages: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(pages))
-
-
-def buffer(size: int, pin: bool, spare: Spare | None = None) -> torch.Tensor:
-    """Bytes of an exact size; torch's own pinned memory is rounded up to a power of two.
-
-    Args:
-        size: bytes.
-        pin: for a GPU.
-        spare: where the memory comes from, and goes back to with the last tensor over it.
-
-    Raises:
-        MemoryError: there is no room.
-    """
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    if spare is None:
-        return torch.frombuffer(_Pages.of(size, pin), dtype=torch.uint8)[:size]
-    pages = spare.take(size, pin)
-    # an object of its own for each use, so that its end is the end of the use and not of the memory
-    use = (ctypes.c_char * len(pages)).from_address(_address(pages))
-    weakref.finalize(use, spare.leave, pages).atexit = False
-    return torch.frombuffer(use, dtype=torch.uint8)[:size]
-
-
-def _pin(pages: _Pages) -> None:
-    """Let CUDA copy from this memory by itself; it stays as it is where CUDA refuses, and copies are slower then."""
-    address, runtime = _address(pages), torch.cuda.cudart()
-    refusal = int(runtime.cudaHostRegister(address, len(pages), 1))
-    if refusal:
-        log.warning("%d bytes of host memory cannot be pinned (CUDA error %d)", len(pages), refusal)
-        return
-
-    def release() -> None:
-        runtime.cudaHostUnregister(address)
-
-    pages.release = release
 
 
 @dataclass(frozen=True)
@@ -375,7 +238,7 @@ def _in_threads(count: int, blocks: Sequence[_Block], work: Callable[[torch.Tens
     def run() -> None:
         try:
             torch.set_num_threads(1)  # of this thread: it casts beside others that do
-            staging = buffer(_BLOCK + 2 * _PAGE, pin=False)
+            staging = buffer(_BLOCK + 2 * PAGE, pin=False)
             while not faults:
                 with lock:
                     block = next(left, None)
@@ -403,9 +266,9 @@ def _fill(file: _File, block: _Block, flat: torch.Tensor, staging: torch.Tensor)
                 file, [_memory(flat[piece.to : piece.to + piece.bytes]) for piece in block.pieces], block.begin
             )
             return
-        begin = block.begin // _PAGE * _PAGE if file.direct else block.begin
+        begin = block.begin // PAGE * PAGE if file.direct else block.begin
         length = block.end - begin
-        whole = -(-length // _PAGE) * _PAGE if file.direct else length
+        whole = -(-length // PAGE) * PAGE if file.direct else length
         _read_exactly(file, [_memory(staging[:whole])], begin, length)
     except OSError as fault:
         raise _fault(file.path, fault) from fault

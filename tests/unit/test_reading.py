@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from api.engine import reading
+from api.engine import buffers, reading
 from api.engine.headers import Header, read_header
 from api.engine.reading import BufferPart, read
 from api.engine.skeletons import ALIGNMENT, Slot
@@ -212,7 +212,7 @@ def test_an_io_error_is_said_and_no_thread_is_left(tmp_path: Path, monkeypatch: 
 
 def test_no_room_is_a_memory_error() -> None:
     with pytest.raises(MemoryError):
-        reading.buffer(2**60, pin=False)
+        buffers.buffer(2**60, pin=False)
 
 
 def test_what_is_written_to_mapped_weights_stays_here(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_memory_is_given_back_to_cuda_before_it_is_freed(monkeypatch: pytest.Mon
             calls.append(("unregister" if there else "too late", address, 0))
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    flat = reading.buffer(3 * 2**20 + 5, pin=True)
+    flat = buffers.buffer(3 * 2**20 + 5, pin=True)
     assert flat.numel() == 3 * 2**20 + 5
     view = flat[10:20]
     del flat
@@ -277,7 +277,8 @@ def test_memory_that_a_part_has_left_is_used_again(tmp_path: Path, monkeypatch: 
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     save_file(some(1), first)
     save_file(some(2), second)
-    spare = reading.Spare(limit=2**30)
+    room = 2**30
+    spare = buffers.Spare(lambda: room)
 
     def come(path: Path) -> BufferPart:
         header = read_header(path)
@@ -300,7 +301,7 @@ def test_memory_that_a_part_has_left_is_used_again(tmp_path: Path, monkeypatch: 
     assert again.flat.data_ptr() == place  # type: ignore[union-attr]
     the_same(again, second, torch.float32)
     assert spare.bytes == 0
-    spare.limit = 0
+    room = 0
     del again, other
     gc.collect()
     assert spare.bytes == 0
