@@ -1,8 +1,8 @@
-"""The entries in the books of the tiers: parts, models, and what is under way. ``tiers`` keeps them."""
+"""The books of the tiers: parts, models, what is under way, and what they add up to. ``tiers`` keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -100,6 +100,63 @@ class Model:
     pin: str | None = None
     used: float = 0.0
     leaving: str | None = None
+
+
+@dataclass(eq=False)
+class Books:
+    """Every part and every model of which something is in memory, or that somebody is about to bring.
+
+    Attributes:
+        device_limit: bytes that parts may take on the device.
+        host_limit: the same for the host's memory.
+        shared: the device computes in the host's memory.
+        capacity: bytes that the device has at all; None if that is not known.
+        parts: by key.
+        models: by key.
+    """
+
+    device_limit: int
+    host_limit: int
+    shared: bool
+    capacity: int | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+
+    @property
+    def device_bytes(self) -> int:
+        """On the device, or on their way there."""
+        return total(part for part in self.parts.values() if part.device is not State.ABSENT)
+
+    @property
+    def host_bytes(self) -> int:
+        """In the host's memory, or on their way there."""
+        return total(part for part in self.parts.values() if part.host is not State.ABSENT)
+
+    def of(self, model: str) -> list[Part]:
+        """The parts of a model."""
+        return [self.parts[key] for key in self.models[model].parts]
+
+    def is_resident(self, model: str) -> bool:
+        """Whether all of a model is on the device."""
+        return all(part.device is State.HELD for part in self.of(model))
+
+    def is_warm(self, model: str) -> bool:
+        """Whether nothing of a model would have to be read."""
+        return all(State.HELD in (part.host, part.device) for part in self.of(model))
+
+    def is_leased(self, part: Part) -> bool:
+        """Whether somebody has a model with this part, or loads one."""
+        return any(self.models[model].leases for model in part.models)
+
+    def is_pinned(self, part: Part, tier: str | None = None) -> bool:
+        """Whether a model with this part is pinned, to this tier or to any."""
+        pins = {self.models[model].pin for model in part.models} - {None}
+        return tier in pins if tier else bool(pins)
+
+
+def total(parts: Iterable[Piece]) -> int:
+    """Their bytes."""
+    return sum(part.bytes for part in parts)
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def test_in_float64_nothing_is_left_of_a_difference(engine64: Engine, models_dir
     engine64.cache.clear_idle()
     # whatever is asked for next, something has to go
     tiers = engine64.cache.tiers
-    tiers.device_limit = tiers.host_limit = max(sizes.values()) + min(sizes.values()) // 2
+    tiers._books.device_limit = tiers._books.host_limit = max(sizes.values()) + min(sizes.values()) // 2
     tiers.peak = loader.reads = 0
     before = engine64.executor.calls, engine64.executor.runs
     differences, cancelled, lock, numbers = Differences(), [0], threading.Lock(), iter(range(1, 10**9))
