@@ -16,12 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from api.engine.cache import ModelCache, Reservation
+from api.engine.cache import ModelCache
 from api.engine.company import Company
 from api.engine.device import Device, shortage
 from api.engine.executor import Cancelled, Ticket
 from api.engine.line import Line
 from api.engine.loader import LoadedModel
+from api.engine.moving import Reservation
 from api.engine.placement import Ladder, size_of
 from api.engine.preview import OnPreview
 from api.errors import ApiError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from api.schema.generation import ModelRef
+
+Run = Callable[..., Any]
+"""Runs a function on the device's thread."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class HostPart:
 
 
 class Loader(Protocol):
-    """What moves weights. ``cache`` decides what is moved when."""
+    """What moves weights. ``tiers`` decides what is moved when."""
 
     def parts(self, ref: ModelRef) -> Sequence[PartSpec]:
         """The parts of a model, without reading a weight.

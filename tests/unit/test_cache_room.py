@@ -40,10 +40,8 @@ def make() -> Iterator[Callable[..., Setup]]:
     made: list[Setup] = []
 
     def build(table: Table, *args: Any, **kwargs: Any) -> Setup:
-        it = Setup(*args, **kwargs)
-        it.loader = it.cache.loader = TableLoader(table)
-        made.append(it)
-        return it
+        made.append(Setup(*args, loader=TableLoader(table), **kwargs))
+        return made[-1]
 
     yield build
     for each in made:
