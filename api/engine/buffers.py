@@ -53,11 +53,12 @@ class Spare:
     """Memory that parts have left, for those that come.
 
     Args:
-        room: bytes that may be kept while nobody uses them; asked at any time in any thread, so it takes no lock.
+        limit: bytes of the host's memory that parts may take, those that were left included.
     """
 
-    def __init__(self, room: Callable[[], int] = lambda: 0) -> None:
-        self._room = room
+    def __init__(self, limit: int = 0) -> None:
+        self._limit = limit
+        self._used = 0
         self._pages: list[_Pages] = []
         self._lock = threading.RLock()  # memory may be left by a collection within any of these lines
 
@@ -82,25 +83,37 @@ class Spare:
             found = min((pages for pages in self._pages if _suits(pages, size)), key=len, default=None)
             if found is not None:
                 self._pages.remove(found)
-        self.trim()
-        return _Pages.of(size, pin) if found is None else found
+                self._count(len(found))
+                return found
+            size = whole_pages(size)
+            self._count(size)  # what it takes the place of goes first
+        try:
+            return _Pages.of(size, pin)
+        except BaseException:
+            self._count(-size)
+            raise
 
     def leave(self, pages: _Pages) -> None:
         """Nobody uses it any more."""
         with self._lock:
             self._pages.append(pages)
-        self.trim()
+            self._count(-len(pages))
 
-    def trim(self) -> None:
-        """Free what there is no room for any more, what is kept longest first."""
-        with self._lock:
-            while self._pages and sum(len(kept) for kept in self._pages) > self._room():
-                self._pages.pop(0)
+    def count(self, part: object, size: int) -> None:
+        """Memory of a part that comes from elsewhere, for as long as that part lives."""
+        self._count(size)
+        weakref.finalize(part, self._count, -size).atexit = False
 
     def clear(self) -> None:
         """Free all of it."""
         with self._lock:
             self._pages.clear()
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._used += size
+            while self._pages and self._used + sum(len(kept) for kept in self._pages) > self._limit:
+                self._pages.pop(0)  # what is kept longest
 
 
 def _suits(pages: _Pages, size: int) -> bool:
@@ -120,7 +133,7 @@ class _Pages(mmap.mmap):
             MemoryError: there is no room.
         """
         try:
-            pages = cls(-1, -(-size // PAGE) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages = cls(-1, whole_pages(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as fault:
             raise MemoryError(f"no room for {size} bytes") from fault
         # to fault in pages of 4 KiB takes longer than to read a file
@@ -132,6 +145,11 @@ class _Pages(mmap.mmap):
     def __del__(self) -> None:
         if self.release:
             self.release()
+
+
+def whole_pages(size: int) -> int:
+    """Bytes of the pages that so many bytes lie in."""
+    return -(-size // PAGE) * PAGE
 
 
 def address_of(pages: mmap.mmap) -> int:

@@ -151,7 +151,9 @@ class ModelCache:
     def release(self, ref: ModelRef) -> None:
         """A lease is over."""
         with self.tiers.lock:
-            self._forget(self.tiers.release(ref.key))
+            moves = self._forget(self.tiers.release(ref.key))
+        if moves.host:  # it was to be unloaded
+            self.loader.release()
 
     # --- what is asked for from outside ---
 
@@ -214,6 +216,8 @@ class ModelCache:
         """Have a model leave the device, and with ``to="disk"`` the host's memory; once its jobs are done."""
         with self.tiers.lock:
             moves = self._forget(self.tiers.drop(key, to))
+        if moves.host:
+            self.loader.release()
         if moves.device:
             self._freed()
 
@@ -221,6 +225,7 @@ class ModelCache:
         """Have everything leave the device that nobody leases or pins; whether there was anything."""
         with self.tiers.lock:
             moves = self._forget(self.tiers.clear_idle())
+        self.loader.release()
         self._freed()
         return bool(moves.device)
 

@@ -79,7 +79,7 @@ class Engine:
         self.executor = Executor(None if device.is_cuda else torch.get_num_threads(), device.stopwatch())
         limits = limits or budgets(None, None, device.memory(), host_memory())
         tiers = Tiers(limits.device, limits.host, shared=limits.shared, capacity=limits.capacity)
-        executor, loader = self.executor, loader or PartLoader(device)
+        executor, loader = self.executor, loader or PartLoader(device, limits.host)
         self.cache = ModelCache(tiers, loader, executor.on_device, executor.exclusively, device.release_cache)
         self.line = Line(self.cache, longest_wait)
         self.attempts = Attempts(self.cache, self.line, device, self._run)

@@ -10,7 +10,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,12 @@ class PartLoader:
 
     Args:
         device: where modules are placed.
-        room: bytes of the host's memory that nobody needs now; asked at any time in any thread, so it takes no lock.
+        host_limit: bytes of the host's memory that parts may take: what one has left is kept for the next within it.
     """
 
-    def __init__(self, device: Device, room: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, device: Device, host_limit: int = 0) -> None:
         self._device = device
-        self._spare = Spare(room)
+        self._spare = Spare(host_limit)
         self._weightless = Weightless()
         self._twins = Twins()
         self._skeletons: OrderedDict[str, Skeleton | None] = OrderedDict()
@@ -207,7 +207,9 @@ class PartLoader:
                     spec.dtype,
                     variant_in(spec.files),
                 )
-            return HostPart({}, module_bytes(module), module)
+            part = HostPart({}, module_bytes(module), module)
+            self._spare.count(part, part.bytes)
+            return part
         skeleton = self._skeleton_of(spec)
         shares, pin = self._device.shares_host, self._device.is_cuda
         with _as_broken(spec.folder):
@@ -215,6 +217,17 @@ class PartLoader:
             return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self._spare)
 
     # --- from host to device ---
+
+    def vacate(self, spec: PartSpec, onto: nn.Module) -> None:
+        """Let go of the host's memory under a module that is to be taken over.
+
+        Args:
+            spec: the part that comes.
+            onto: a module of the same architecture that nobody uses any more.
+        """
+        if self._device.shares_host:
+            for tensor in skeletons.held(onto, self._skeleton_of(spec)).values():
+                tensor.data = tensor.data.new_empty(0)
 
     def place(self, spec: PartSpec, host: HostPart, onto: nn.Module | None) -> nn.Module:
         """Make a part's module on the device, on the device's thread.

@@ -86,6 +86,9 @@ class Mover:
         """
         if reservation.begun is None:
             return True
+        for spec in reservation.specs:
+            if spec.key in reservation.onto:
+                self._loader.vacate(spec, reservation.onto[spec.key])
         came = deque[tuple[PartSpec, HostPart] | BaseException]()
         stop, changed = threading.Event(), self._tiers.changed
 

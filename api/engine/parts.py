@@ -84,6 +84,14 @@ class Loader(Protocol):
     def release(self) -> None:
         """Give back the memory that is kept for parts to come."""
 
+    def vacate(self, spec: PartSpec, onto: nn.Module) -> None:
+        """Let go of the host's memory under a module that is to be taken over.
+
+        Args:
+            spec: the part that comes.
+            onto: a module of the same architecture that nobody uses any more.
+        """
+
     def place(self, spec: PartSpec, host: HostPart, onto: nn.Module | None) -> nn.Module:
         """Make a part's module on the device, on the device's thread.
 

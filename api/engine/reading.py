@@ -36,6 +36,8 @@ _SAMPLES = 16
 _POPULATE_READ = 22
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "lustre", "virtiofs", "glusterfs", "beegfs")
 
+_staging = Spare(_WARM_THREADS * (_BLOCK + 2 * PAGE))
+
 
 @dataclass
 class BufferPart(HostPart):
@@ -79,9 +81,10 @@ def read(
     # from a disk it is faster to read past the page cache, if there is memory already
     there = spare is not None and spare.fits(extent) and any(map(_is_cold, headers))
     if shares and as_it_is and not there and not any(_is_remote(header.path) for header in headers):
+        part = _mapped(headers, slots, stored)
         if spare is not None:
-            spare.trim()
-        return _mapped(headers, slots, stored)
+            spare.count(part, part.bytes)
+        return part
     return _copied(headers, slots, buffer(extent, pin, spare), extent)
 
 
@@ -238,7 +241,7 @@ def _in_threads(count: int, blocks: Sequence[_Block], work: Callable[[torch.Tens
     def run() -> None:
         try:
             torch.set_num_threads(1)  # of this thread: it casts beside others that do
-            staging = buffer(_BLOCK + 2 * PAGE, pin=False)
+            staging = buffer(_BLOCK + 2 * PAGE, pin=False, spare=_staging)
             while not faults:
                 with lock:
                     block = next(left, None)

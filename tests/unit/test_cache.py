@@ -40,6 +40,10 @@ class FakeLoader:
         self.threads, self.faults = set[str](), dict[str, BaseException]()
         self.gates: dict[str, threading.Event] = {}
         self.by_library = False
+        self.released, self.vacated = 0, list[str]()
+
+    def release(self) -> None:
+        self.released += 1
 
     def parts(self, ref: ModelRef) -> list[PartSpec]:
         return [
@@ -54,6 +58,9 @@ class FakeLoader:
         if fault := self.faults.pop(f"read {spec.key}", None):
             raise fault
         return HostPart({"weight": torch.tensor([float(len(spec.key))])}, spec.bytes)
+
+    def vacate(self, spec: PartSpec, onto: nn.Module) -> None:
+        self.vacated.append(spec.key)
 
     def place(self, spec: PartSpec, host: HostPart, onto: nn.Module | None) -> nn.Module:
         self.threads.add(threading.current_thread().name)

@@ -277,8 +277,7 @@ def test_memory_that_a_part_has_left_is_used_again(tmp_path: Path, monkeypatch: 
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     save_file(some(1), first)
     save_file(some(2), second)
-    room = 2**30
-    spare = buffers.Spare(lambda: room)
+    spare = buffers.Spare(2**30)
 
     def come(path: Path) -> BufferPart:
         header = read_header(path)
@@ -301,7 +300,5 @@ def test_memory_that_a_part_has_left_is_used_again(tmp_path: Path, monkeypatch: 
     assert again.flat.data_ptr() == place  # type: ignore[union-attr]
     the_same(again, second, torch.float32)
     assert spare.bytes == 0
-    room = 0
-    del again, other
-    gc.collect()
+    spare.clear()
     assert spare.bytes == 0
