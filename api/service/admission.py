@@ -15,16 +15,16 @@ from api.errors import ApiError
 from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef, read_ref
-from api.schema.catalogue import AUTO, AUTO_FOR_TASK, Input, catalogue, nearest
+from api.schema.catalogue import Input, catalogue
 from api.schema.generation import GenerationRequest, ModelRef, Picture
 from api.schema.transfers import Transfer
 from api.service import inputs as checks
+from api.service.choices import check_early, check_preview, choose_image_format, choose_pipeline, choose_scheduler
 from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
 from api.service.pictures import read_picture
 from api.settings import Settings
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 _MAX_DRAWN_SEED = 2**32
 
 
@@ -210,10 +210,10 @@ class Admission:
         self, model: InstalledModel, options: dict[str, Any], model_inputs: dict[str, Any], ref: SourceRef
     ) -> _Draft:
         """Everything that can be said once the model's configuration is at hand."""
-        requested, pipeline = self._pipeline(options, model_inputs, model)
-        scheduler = self._scheduler(options, model)
-        _check_preview(options, model)
-        image_format, quality = _image_format(options)
+        requested, pipeline = choose_pipeline(options, model_inputs, model, self._settings.pipeline)
+        scheduler = choose_scheduler(options, model, self._settings.scheduler)
+        check_preview(options, model)
+        image_format, quality = choose_image_format(options)
         accepted = catalogue().pipelines[pipeline]
         sent = checks.rename_aliases(model_inputs, accepted)
         given = checks.check_inputs(sent, accepted, pipeline)
@@ -293,58 +293,6 @@ class Admission:
             low_vram=low_vram,
         )
 
-    def _pipeline(
-        self, options: dict[str, Any], model_inputs: dict[str, Any], model: InstalledModel
-    ) -> tuple[str, str]:
-        """What to call the pipeline in ``$meta``, and its class."""
-        tasks = catalogue().tasks_of(model.class_name)
-        named = options.get("PIPELINE")
-        default = self._settings.pipeline
-        if (named or default) in ("ALL", "AutoPipelineForText2Image") and not (named and named != "ALL"):
-            # nothing was asked for: what the request holds decides
-            has_image = any(model_inputs.get(name) for name in ("image", "init_image", "input_image"))
-            task = "inpaint" if model_inputs.get("mask_image") else "image2image" if has_image else "text2image"
-            named = AUTO_FOR_TASK[task]
-        named = named or default
-        allowed = [*(auto for auto, task in AUTO.items() if task in tasks), *tasks.values()]
-        if named in AUTO and AUTO[named] in tasks:
-            return named, tasks[AUTO[named]]
-        if named in tasks.values():
-            return named, named
-        if named not in AUTO and named not in catalogue().pipeline_names:
-            message = f"diffusers {catalogue().diffusers} has no such pipeline.{nearest(named, allowed)}"
-            raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=named, available=allowed)
-        raise ApiError(
-            "PIPELINE_NOT_SUPPORTED",
-            f"{model.model_id} is a {model.class_name}; {named} cannot be built from it.",
-            field="callInputs.PIPELINE",
-            requested=named,
-            available=allowed,
-        )
-
-    def _scheduler(self, options: dict[str, Any], model: InstalledModel) -> str:
-        known = catalogue().schedulers
-        compatible = [name for name in known.get(model.scheduler, []) if known.get(name)] or [model.scheduler]
-        named = options.get("SCHEDULER")
-        if named is None:
-            return self._settings.scheduler if self._settings.scheduler in compatible else model.scheduler
-        if named in compatible:
-            return str(named)
-        if named not in known:
-            message = f"diffusers {catalogue().diffusers} has no such scheduler.{nearest(named, compatible)}"
-            raise ApiError(
-                "NO_SUCH_SCHEDULER", message, field="callInputs.SCHEDULER", requested=named, available=compatible
-            )
-        fits = f"cannot take over the settings of {model.scheduler}, which {model.model_id} was saved with"
-        why = fits if known[named] else "needs a library that is not installed"
-        raise ApiError(
-            "INVALID_SCHEDULER",
-            f"{named} {why}.",
-            field="callInputs.SCHEDULER",
-            requested=named,
-            available=compatible,
-        )
-
     async def _pictures(self, draft: _Draft, model_inputs: dict[str, Any]) -> dict[str, Picture]:
         given, is_url = draft.given, bool(draft.options.get("is_url"))
         names = [name for name in draft.accepted if name in checks.IMAGES]
@@ -358,54 +306,6 @@ class Admission:
             return await read_picture(given[name], f"modelInputs.{old}", mode, is_url, self._settings)
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
-
-
-def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
-    """What can be said of a request before anything is known of its model.
-
-    Raises:
-        ApiError: NO_SUCH_PIPELINE, NO_SUCH_SCHEDULER, UNKNOWN_INPUT, INVALID_INPUTS.
-    """
-    _image_format(options)
-    known = catalogue()
-    pipeline, scheduler = options.get("PIPELINE"), options.get("SCHEDULER")
-    if pipeline and pipeline != "ALL" and pipeline not in AUTO and pipeline not in known.pipeline_names:
-        hint = nearest(pipeline, [*AUTO, *known.pipeline_names])
-        message = f"diffusers {known.diffusers} has no such pipeline.{hint}"
-        raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=pipeline)
-    if scheduler and scheduler not in known.schedulers:
-        message = f"diffusers {known.diffusers} has no such scheduler.{nearest(scheduler, list(known.schedulers))}"
-        raise ApiError("NO_SUCH_SCHEDULER", message, field="callInputs.SCHEDULER", requested=scheduler)
-    names = {name for accepted in known.pipelines.values() for name in accepted}
-    for name in model_inputs:
-        if name not in names and name not in checks.ALIASES and name not in checks.OURS:
-            message = f"No pipeline has such an input.{nearest(name, sorted(names))}"
-            raise ApiError("UNKNOWN_INPUT", message, field=f"modelInputs.{name[:200]}")
-
-
-def _image_format(options: dict[str, Any]) -> tuple[str, int]:
-    name = str(options.get("image_format", "PNG")).upper().replace("JPG", "JPEG")
-    if name not in FORMATS:
-        raise ApiError(
-            "INVALID_INPUTS",
-            "Not an image format that this server writes.",
-            field="callInputs.image_format",
-            requested=options["image_format"],
-            available=list(FORMATS),
-        )
-    quality = options.get("image_quality", 95)
-    if not 1 <= quality <= 100:
-        raise ApiError("INVALID_INPUTS", "Must be 1-100.", field="callInputs.image_quality", requested=quality)
-    return name, quality
-
-
-def _check_preview(options: dict[str, Any], model: InstalledModel) -> None:
-    if "preview" in options and options.get("safety_checker", True) and "safety_checker" in model.components:
-        message = (
-            f"{model.model_id} has a safety checker, which sees finished images only: previews would show what it "
-            "hides. Leave preview out, or send safety_checker: false."
-        )
-        raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
 
 
 def _fill_size(

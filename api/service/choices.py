@@ -1,0 +1,132 @@
+"""What a request chooses by name: pipeline, scheduler, image format; what it gets, or what there is instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from api.errors import ApiError
+from api.models.description import InstalledModel
+from api.schema.catalogue import AUTO, AUTO_FOR_TASK, catalogue, nearest
+from api.service import inputs as checks
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def choose_pipeline(
+    options: dict[str, Any], model_inputs: dict[str, Any], model: InstalledModel, default: str
+) -> tuple[str, str]:
+    """What to call the pipeline in ``$meta``, and its class.
+
+    Raises:
+        ApiError: NO_SUCH_PIPELINE, PIPELINE_NOT_SUPPORTED.
+    """
+    tasks = catalogue().tasks_of(model.class_name)
+    named = options.get("PIPELINE")
+    if (named or default) in ("ALL", "AutoPipelineForText2Image") and not (named and named != "ALL"):
+        # nothing was asked for: what the request holds decides
+        has_image = any(model_inputs.get(name) for name in ("image", "init_image", "input_image"))
+        task = "inpaint" if model_inputs.get("mask_image") else "image2image" if has_image else "text2image"
+        named = AUTO_FOR_TASK[task]
+    named = named or default
+    allowed = [*(auto for auto, task in AUTO.items() if task in tasks), *tasks.values()]
+    if named in AUTO and AUTO[named] in tasks:
+        return named, tasks[AUTO[named]]
+    if named in tasks.values():
+        return named, named
+    if named not in AUTO and named not in catalogue().pipeline_names:
+        message = f"diffusers {catalogue().diffusers} has no such pipeline.{nearest(named, allowed)}"
+        raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=named, available=allowed)
+    raise ApiError(
+        "PIPELINE_NOT_SUPPORTED",
+        f"{model.model_id} is a {model.class_name}; {named} cannot be built from it.",
+        field="callInputs.PIPELINE",
+        requested=named,
+        available=allowed,
+    )
+
+
+def choose_scheduler(options: dict[str, Any], model: InstalledModel, default: str) -> str:
+    """The class of the scheduler.
+
+    Raises:
+        ApiError: NO_SUCH_SCHEDULER, INVALID_SCHEDULER.
+    """
+    known = catalogue().schedulers
+    compatible = [name for name in known.get(model.scheduler, []) if known.get(name)] or [model.scheduler]
+    named = options.get("SCHEDULER")
+    if named is None:
+        return default if default in compatible else model.scheduler
+    if named in compatible:
+        return str(named)
+    if named not in known:
+        message = f"diffusers {catalogue().diffusers} has no such scheduler.{nearest(named, compatible)}"
+        raise ApiError(
+            "NO_SUCH_SCHEDULER", message, field="callInputs.SCHEDULER", requested=named, available=compatible
+        )
+    fits = f"cannot take over the settings of {model.scheduler}, which {model.model_id} was saved with"
+    why = fits if known[named] else "needs a library that is not installed"
+    raise ApiError(
+        "INVALID_SCHEDULER",
+        f"{named} {why}.",
+        field="callInputs.SCHEDULER",
+        requested=named,
+        available=compatible,
+    )
+
+
+def choose_image_format(options: dict[str, Any]) -> tuple[str, int]:
+    """The images' format, and its quality.
+
+    Raises:
+        ApiError: INVALID_INPUTS.
+    """
+    name = str(options.get("image_format", "PNG")).upper().replace("JPG", "JPEG")
+    if name not in FORMATS:
+        raise ApiError(
+            "INVALID_INPUTS",
+            "Not an image format that this server writes.",
+            field="callInputs.image_format",
+            requested=options["image_format"],
+            available=list(FORMATS),
+        )
+    quality = options.get("image_quality", 95)
+    if not 1 <= quality <= 100:
+        raise ApiError("INVALID_INPUTS", "Must be 1-100.", field="callInputs.image_quality", requested=quality)
+    return name, quality
+
+
+def check_preview(options: dict[str, Any], model: InstalledModel) -> None:
+    """Whether previews may be shown.
+
+    Raises:
+        ApiError: INVALID_INPUTS: they would show what the safety checker hides.
+    """
+    if "preview" in options and options.get("safety_checker", True) and "safety_checker" in model.components:
+        message = (
+            f"{model.model_id} has a safety checker, which sees finished images only: previews would show what it "
+            "hides. Leave preview out, or send safety_checker: false."
+        )
+        raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
+
+
+def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
+    """What can be said of a request before anything is known of its model.
+
+    Raises:
+        ApiError: NO_SUCH_PIPELINE, NO_SUCH_SCHEDULER, UNKNOWN_INPUT, INVALID_INPUTS.
+    """
+    choose_image_format(options)
+    known = catalogue()
+    pipeline, scheduler = options.get("PIPELINE"), options.get("SCHEDULER")
+    if pipeline and pipeline != "ALL" and pipeline not in AUTO and pipeline not in known.pipeline_names:
+        hint = nearest(pipeline, [*AUTO, *known.pipeline_names])
+        message = f"diffusers {known.diffusers} has no such pipeline.{hint}"
+        raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=pipeline)
+    if scheduler and scheduler not in known.schedulers:
+        message = f"diffusers {known.diffusers} has no such scheduler.{nearest(scheduler, list(known.schedulers))}"
+        raise ApiError("NO_SUCH_SCHEDULER", message, field="callInputs.SCHEDULER", requested=scheduler)
+    names = {name for accepted in known.pipelines.values() for name in accepted}
+    for name in model_inputs:
+        if name not in names and name not in checks.ALIASES and name not in checks.OURS:
+            message = f"No pipeline has such an input.{nearest(name, sorted(names))}"
+            raise ApiError("UNKNOWN_INPUT", message, field=f"modelInputs.{name[:200]}")
