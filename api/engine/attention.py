@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from api.engine.cloning import clone
 from api.engine.loader import LoadedModel
-from api.engine.views import clone
 
 log = logging.getLogger("api.engine")
 

@@ -11,8 +11,8 @@ import diffusers
 import torch
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, load_sub_model
 
+from api.engine.cloning import keep_text_model
 from api.engine.headers import file_identity
-from api.engine.skeletons import keep_text_model
 from api.engine.specs import Component
 from api.engine.tokenizers import taking_turns
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from api.engine.cloning import clone
 from api.engine.loader import LoadedModel
-from api.engine.views import clone
 from api.schema.generation import GenerationRequest
 
 log = logging.getLogger("api.engine")

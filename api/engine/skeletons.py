@@ -6,8 +6,6 @@ the mode that a module is built under is its thread's own.
 
 from __future__ import annotations
 
-import copy
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,7 +17,6 @@ from diffusers import ModelMixin
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from api.engine.cloning import clone_with, keep_text_model
 from api.engine.headers import Stored
 
 ALIGNMENT = 256
@@ -318,61 +316,7 @@ def _matched(
     return tuple(slots)
 
 
-# --- copies of it ---
-
-_PLAIN = (bool, int, float, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
-
-
-def clone(module: nn.Module) -> nn.Module:
-    """A module of its own with the same tensors; ``copy.deepcopy``, but that modules are known to be modules.
-
-    An SDXL UNet has 21,000 empty dictionaries for hooks: general copying takes six times as long.
-    """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return _clone(module, memo)
-
-
-def _clone(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    known: nn.Module | None = memo.get(id(module))
-    if known is not None:
-        return known
-    copied = module.__class__.__new__(module.__class__)
-    memo[id(module)] = copied
-    below = {}
-    for name, value in module.__dict__.items():
-        kind = type(value)
-        if kind in _PLAIN:
-            below[name] = value
-        elif name == "_modules":
-            below[name] = kind((key, part if part is None else _clone(part, memo)) for key, part in value.items())
-        elif name in ("_parameters", "_buffers") or (kind in _EMPTY and not value):
-            below[name] = kind(value)
-        elif kind is tuple and all(type(item) in _PLAIN for item in value):
-            below[name] = value
-        else:
-            below[name] = copy.deepcopy(value, memo)
-    copied.__dict__.update(below)
-    return copied
-
-
-_EMPTY = frozenset({dict, set, list, type(nn.Module()._forward_hooks)})
-
-
-def keep_text_model(module: nn.Module) -> None:
-    """Give a CLIP text encoder the ``text_model`` that diffusers still reads for ``clip_skip`` and LoRA scales.
-
-    transformers 5 moved its parts up a level. Looked up at the class: a module that held itself would stay in memory,
-    with its weights, until the garbage collector comes by, and a copy of it would hold the original.
-    """
-    if isinstance(module, CLIPTextModel) and not hasattr(module, "text_model"):
-        module.__class__ = _with_text_model(type(module))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _with_text_model(cls: type[nn.Module]) -> type[nn.Module]:
-    """A class of the same name: pipelines compare and save names, transformers finds what to record by them."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, "text_model": property(lambda module: module)})
+# --- modules of it ---
 
 
 def fill(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
@@ -384,7 +328,7 @@ def fill(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor], device: torch.
         device: for the buffers that no file holds.
     """
     memo: dict[int, Any] = {}
-    module = _clone(skeleton.module, memo)
+    module = clone_with(skeleton.module, memo)
     for slot, owners in zip(skeleton.slots, skeleton.owners, strict=True):
         tensor = tensors[slot.targets[0]]
         parameter = nn.Parameter(tensor, requires_grad=False) if any(owner[2] for owner in owners) else None

@@ -9,7 +9,6 @@ job switches is on for itself and for nobody else.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import weakref
 from collections.abc import Callable
@@ -297,9 +296,3 @@ def _drawing(value: Any, noise: Seeded) -> Any:
             item.__class__ = _Drawn
             item.noise = noise.generator(torch.device("cpu"))
     return value
-
-
-def clone(module: nn.Module) -> nn.Module:
-    """A module tree of its own over the same parameters and buffers: what is switched on one is not on the other."""
-    shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-    return copy.deepcopy(module, shared)

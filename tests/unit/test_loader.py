@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from api.engine.cloning import clone
 from api.engine.device import Device
 from api.engine.loader import PartLoader, load, module_bytes
 from api.engine.parts import Loader
 from api.engine.spent import Spent, measuring
-from api.engine.views import clone
 from api.errors import ApiError
 from api.models.manifest import FileEntry, Manifest, sha256_of, write_manifest
 from api.schema.generation import ModelRef

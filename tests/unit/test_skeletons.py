@@ -33,11 +33,11 @@ from transformers import (
     T5EncoderModel,
 )
 
+from api.engine.cloning import clone
 from api.engine.device import Device
 from api.engine.loader import PartLoader, module_bytes
 from api.engine.owning import own
 from api.engine.parts import PartSpec
-from api.engine.skeletons import clone
 from api.engine.specs import Component, computed_in, configuration
 from tests.unit.test_merging import CLIP, flux, sd, sd3, sdxl, vae
 
