@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from api.engine.cache import ModelCache
+from api.engine.calls import Cancelled, Ticket
 from api.engine.company import Company
 from api.engine.device import Device, shortage
-from api.engine.executor import Cancelled, Ticket
 from api.engine.line import Line
 from api.engine.loader import LoadedModel
 from api.engine.moving import Reservation

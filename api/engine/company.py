@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from api.engine.executor import Cancelled
+from api.engine.calls import Cancelled
 
 _TICK = 0.2
 """Seconds between two looks whether one who waits was cancelled, where nobody says so."""

@@ -17,8 +17,9 @@ from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran
 from api.engine.attention import components_with
 from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
+from api.engine.calls import Cancelled, Ticket
 from api.engine.device import Device, is_fatal
-from api.engine.executor import Cancelled, Executor, Ticket
+from api.engine.executor import Executor
 from api.engine.line import Line, out_of_memory
 from api.engine.loader import LoadedModel, PartLoader
 from api.engine.parts import Loader

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from api.engine.cache import ModelCache
-from api.engine.executor import Cancelled
+from api.engine.calls import Cancelled
 from api.engine.moving import Reservation
 from api.engine.parts import PartSpec
 from api.errors import ApiError

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from api.engine.books import Begun
-from api.engine.executor import Cancelled
+from api.engine.calls import Cancelled
 from api.engine.host import TICK, HostParts
 from api.engine.parts import HostPart, Loader, PartSpec, Run
 from api.engine.spent import Rate, Spent, measuring

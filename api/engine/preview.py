@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from api.engine.executor import Cancelled
+from api.engine.calls import Cancelled
 from api.engine.loader import LoadedModel
 
 log = logging.getLogger("api.engine")

@@ -19,7 +19,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from api.engine.executor import Executor, Ticket
+from api.engine.calls import Ticket
+from api.engine.executor import Executor
 from api.engine.noise import Seeded
 
 _METHODS = ("forward", "encode", "decode", "get_text_features", "get_image_features")

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from api.engine.calls import Cancelled
 from api.engine.device import is_fatal, release_host_memory
 from api.engine.encode import encode
-from api.engine.executor import Cancelled
 from api.engine.generate import Engine, Generated
 from api.engine.parameters import parameters
 from api.errors import ApiError

@@ -18,8 +18,8 @@ from PIL import Image
 
 from api.engine import generate
 from api.engine.budgets import Budgets
+from api.engine.calls import Cancelled
 from api.engine.device import Device
-from api.engine.executor import Cancelled
 from api.engine.generate import Engine
 from api.engine.loader import PartLoader
 from api.engine.parts import HostPart, PartSpec

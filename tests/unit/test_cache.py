@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from api.engine.cache import ModelCache
-from api.engine.executor import Cancelled, Executor, Ticket
+from api.engine.calls import Cancelled, Ticket
+from api.engine.executor import Executor
 from api.engine.line import Line
 from api.engine.parts import HostPart, PartSpec
 from api.engine.staging import Stager

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from api.engine.books import State
-from api.engine.executor import Cancelled
+from api.engine.calls import Cancelled
 from api.engine.parts import HostPart, PartSpec
 from tests.unit.test_cache import FakeLoader, Setup, ref, until
 

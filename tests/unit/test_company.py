@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
+from api.engine.calls import Cancelled
 from api.engine.company import Company
-from api.engine.executor import Cancelled
 
 
 def until(condition: Callable[[], bool]) -> None:

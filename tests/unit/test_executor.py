@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from api.engine import executor as executor_module
+from api.engine import calls
+from api.engine.calls import Cancelled, Ticket
 from api.engine.curve import Curve
-from api.engine.executor import Cancelled, Executor, Ticket
+from api.engine.executor import Executor
 
 
 class Recorder(nn.Module):
@@ -346,13 +347,13 @@ def test_a_call_without_rows_runs_and_ends_nobody(executor: Executor) -> None:
 
 def test_what_is_remembered_of_calls_is_bounded(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that the rule does not know, and calls of ever new shapes, as clients may ask for them."""
-    monkeypatch.setattr("api.engine.executor._CURVES", 20)
+    monkeypatch.setattr("api.engine.runs._CURVES", 20)
     module = Recorder()
     with executor.job(Ticket()) as ticket:
         for size in range(1, 50):
             executor.run(ticket, module.forward, (torch.ones(1, size),), {})
             executor.run(ticket, module.forward, (torch.ones(1, 1),), {"flag": [size]})  # a list: it runs alone
-    assert len(executor._curves) == 20
+    assert len(executor._runs._curves) == 20
 
 
 def test_a_long_job_makes_a_step_for_each_bound_however_many_short_ones_come(
@@ -433,10 +434,8 @@ def test_what_is_run_on_the_device_is_not_kept(executor: Executor) -> None:
 def test_what_is_no_modules_method_is_not_looked_into(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may hold the weights of a model, and be called like one that has rows."""
     seen = []
-    real = executor_module.analyse
-    monkeypatch.setattr(
-        executor_module, "analyse", lambda function, *more: seen.append(function) or real(function, *more)
-    )
+    real = calls.analyse
+    monkeypatch.setattr(calls, "analyse", lambda function, *more: seen.append(function) or real(function, *more))
     executor.on_device(lambda: None)
     executor.exclusively(lambda: None)
     assert not seen

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from api.engine.executor import Executor, Ticket
+from api.engine.calls import Ticket
+from api.engine.executor import Executor
 from api.engine.noise import Seeded
 from api.engine.pipelines import make_pipeline, make_scheduler, seeded
 from api.engine.views import view

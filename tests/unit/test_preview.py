@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from api.engine.calls import Cancelled
 from api.engine.device import Device
-from api.engine.executor import Cancelled
 from api.engine.generate import Engine
 from api.engine.preview import LatentMap, Previews, fit
 from api.schema.generation import GenerationRequest, ModelRef

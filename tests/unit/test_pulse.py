@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from api.engine.executor import Cancelled, Executor, Ticket
+from api.engine.calls import Cancelled, Ticket
+from api.engine.executor import Executor
 from api.schema.generation import ModelRef
 from api.schema.messages import Alive, Load
 from api.worker import worker as workers

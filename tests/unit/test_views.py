@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+from api.engine.calls import Ticket
 from api.engine.device import Device
-from api.engine.executor import Executor, Ticket
+from api.engine.executor import Executor
 from api.engine.generate import Engine
 from api.engine.views import view
 from api.schema.generation import GenerationRequest, ModelRef
