@@ -138,16 +138,20 @@ class Executor:
             self._changed.notify_all()
         return self._await(call)
 
-    def on_device(self, function: Callable[[], Any]) -> Any:
+    def on_device(self, function: Callable[[], Any], cancelled: Callable[[], bool] = lambda: False) -> Any:
         """Run something on the device's thread, between two calls of the jobs: none of them is parked for it.
 
+        Args:
+            function: what to run.
+            cancelled: asked while it waits.
+
         Raises:
-            Cancelled: the executor is closed.
+            Cancelled: ``cancelled`` said so before it began, or the executor is closed.
             Exception: what it raises.
         """
-        call = Call(Ticket(), function, (), {})
+        call = Call(Ticket(cancelled), function, (), {})
         with self._changed:
-            if self._closed:
+            if self._is_over(call.ticket):
                 raise Cancelled
             self._calls.append(call)
             self._changed.notify_all()
@@ -168,8 +172,9 @@ class Executor:
         self._thread.join(10)
 
     def wake(self) -> None:
-        """A job was cancelled: let it leave if it waits."""
+        """A job was cancelled: let it leave if it waits, also while the device is at a call of another."""
         with self._changed:
+            self._drop_cancelled()
             self._changed.notify_all()
 
     def _is_over(self, ticket: Ticket) -> bool:

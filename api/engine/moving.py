@@ -49,8 +49,8 @@ class Mover:
         tiers: the books.
         host: the parts in the host's memory.
         loader: places.
-        on_device: runs a function on the device's thread.
-        exclusively: the same, while nothing else runs; also takes ``cancelled``, which is asked while it waits.
+        on_device: runs a function on the device's thread; also takes ``cancelled``, which is asked while it waits.
+        exclusively: the same, while nothing else runs.
         arrived: told of each module that is on the device, on whichever thread brings it.
 
     Attributes:
@@ -145,7 +145,8 @@ class Mover:
             self.rate.note(spec.bytes, spent.copy)
             return module
 
-        self._arrived(spec, self._exclusively(place, cancelled) if spec.by_library else self._on_device(place))
+        run = self._exclusively if spec.by_library else self._on_device
+        self._arrived(spec, run(place, cancelled))
 
     def _await_others(self, ref: ModelRef, cancelled: Callable[[], bool]) -> bool:
         with self._tiers.changed:

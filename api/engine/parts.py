@@ -13,7 +13,7 @@ from torch import nn
 from api.schema.generation import ModelRef
 
 Run = Callable[..., Any]
-"""Runs a function on the device's thread."""
+"""Runs a function on the device's thread; also takes ``cancelled``, which is asked while it waits."""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,26 @@ def test_who_is_cancelled_while_its_model_is_read_leaves_at_once(make: Callable[
     assert it.loader.reads == {"te-A": 1, "unet-A": 1}
 
 
+def test_who_is_cancelled_before_the_device_has_begun_with_its_model_leaves_at_once(make: Callable[..., Setup]) -> None:
+    """The device may be at a long call of another."""
+    it = make({"A": [("te-A", 4)]}, 100, 100, shared=False)
+    busy, begun, gone = threading.Event(), threading.Event(), threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        other = pool.submit(it.executor.on_device, lambda: begun.set() or busy.wait(10))
+        assert begun.wait(10)
+        job = pool.submit(use, it, "A", gone.is_set)
+        until(lambda: it.executor._calls)
+        gone.set()
+        it.executor.wake()
+        try:
+            assert isinstance(job.exception(5), Cancelled)
+        finally:
+            busy.set()
+        other.result(5)
+    assert not it.loader.places
+    assert it.tiers.device_bytes == 0
+
+
 def test_who_waits_for_a_part_that_another_brings_leaves_at_once_when_it_is_cancelled(
     make: Callable[..., Setup],
 ) -> None:
