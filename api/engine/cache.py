@@ -31,9 +31,9 @@ class ModelCache:
     Args:
         tiers: the books.
         loader: moves the weights.
-        on_device: runs a function on the device's thread.
-        exclusively: the same, while nothing else runs; also takes ``cancelled``, which is asked while it waits.
-        freed: called after an eviction, when the device's memory can be given back.
+        on_device: runs a function on the device's thread; also takes ``cancelled``, which is asked while it waits.
+        exclusively: the same, while nothing else runs.
+        freed: called after evictions, when the device's memory can be given back, and never under the books' lock.
     """
 
     def __init__(
@@ -49,6 +49,10 @@ class ModelCache:
         self._modules: dict[str, nn.Module] = {}
         self._models: dict[str, Any] = {}
         """Assembled."""
+        self._owed = False
+        """Something has left the device since ``freed`` was called."""
+        self._unloaded = False
+        """Memory of the host is wanted back, not only for other parts."""
         self._building = threading.Lock()
         self.rates = {"read": self._host.rate, "copy": self._mover.rate}
 
@@ -103,11 +107,10 @@ class ModelCache:
             if begun is None:
                 return None
             onto = {key: self._modules[old] for key, old in begun.onto.items()}
-            reservation = Reservation(ref, specs, begun, onto)
+            owed, reservation = self._owed, Reservation(ref, specs, begun, onto)
             self._forget(begun.moves)
-        if len(begun.moves.device) > len(onto):
-            self._freed()
-        return reservation
+            self._owed = owed or len(begun.moves.device) > len(onto)  # what is taken over is not free
+            return reservation
 
     def complete(self, reservation: Reservation, cancelled: Callable[[], bool] = lambda: False) -> Any | None:
         """Bring a reserved model onto the device.
@@ -128,6 +131,7 @@ class ModelCache:
         if begun is None:
             return self._models[ref.key]
         try:
+            self.give_back()
             if not self._mover.bring(reservation, cancelled):
                 self._give_up(reservation, begun)
                 return None
@@ -149,11 +153,20 @@ class ModelCache:
         return model
 
     def release(self, ref: ModelRef) -> None:
-        """A lease is over."""
+        """A lease is over. What leaves with it is free when its holder has forgotten the model: then ``give_back``."""
         with self.tiers.lock:
-            moves = self._forget(self.tiers.release(ref.key))
-        if moves.host:  # it was to be unloaded
+            if self._forget(self.tiers.release(ref.key)).host:
+                self._unloaded = True
+
+    def give_back(self) -> None:
+        """Give the memory back of what has left the device, if anything has. Not under the books' lock."""
+        with self.tiers.lock:
+            owed, self._owed = self._owed, False
+            unloaded, self._unloaded = self._unloaded, False
+        if unloaded:
             self.loader.release()
+        if owed:
+            self._freed()
 
     # --- what is asked for from outside ---
 
@@ -201,12 +214,14 @@ class ModelCache:
             return False
         finally:
             self.release(ref)
+            self.give_back()
 
     def keep(self, ref: ModelRef) -> None:
         """Forget that a model was to leave when its jobs are done."""
         with self.tiers.lock:
             self.tiers.lease(ref.key)
             self._forget(self.tiers.release(ref.key))
+        self.give_back()
 
     def pin(self, ref: ModelRef, tier: str | None) -> None:
         """Keep a model in a tier, ``device`` or ``host``."""
@@ -215,26 +230,23 @@ class ModelCache:
     def unload(self, key: str, to: str = "disk") -> None:
         """Have a model leave the device, and with ``to="disk"`` the host's memory; once its jobs are done."""
         with self.tiers.lock:
-            moves = self._forget(self.tiers.drop(key, to))
-        if moves.host:
-            self.loader.release()
-        if moves.device:
-            self._freed()
+            if self._forget(self.tiers.drop(key, to)).host:
+                self._unloaded = True
+        self.give_back()
 
     def clear_idle(self) -> bool:
         """Have everything leave the device that nobody leases or pins; whether there was anything."""
         with self.tiers.lock:
             moves = self._forget(self.tiers.clear_idle())
-        self.loader.release()
-        self._freed()
+            self._owed = self._unloaded = True  # memory is short: what is kept for parts to come goes as well
+        self.give_back()
         return bool(moves.device)
 
     def expire(self, idle: float) -> None:
         """Have models leave the device that nobody has used for so many seconds."""
         with self.tiers.lock:
-            moves = self._forget(self.tiers.expire(time.monotonic() - idle))
-        if moves.device:
-            self._freed()
+            self._forget(self.tiers.expire(time.monotonic() - idle))
+        self.give_back()
 
     def held(self) -> dict[str, Held]:
         """Every model of which something is in memory, by key, least recently used first."""
@@ -310,9 +322,11 @@ class ModelCache:
             return model
 
     def _give_up(self, reservation: Reservation, begun: Begun) -> None:
-        reservation.onto.clear()  # whoever still knows the reservation is not to keep what has left the device
         with self.tiers.lock:
+            self._owed = True  # what was to be taken over is free now
             self._forget(self.tiers.abort(begun))
+        reservation.onto.clear()  # whoever still knows the reservation is not to keep what has left the device
+        self.give_back()
 
     def _forget(self, moves: Moves) -> Moves:
         """Let go of what left a tier, and of the models that were made of it."""
@@ -320,6 +334,7 @@ class ModelCache:
         for key in moves.device:
             self._modules.pop(key, None)
         if moves.device:
+            self._owed = True
             left = set(moves.device)
             for key in [key for key in self._models if left & self._known.keys(key)]:
                 del self._models[key]

@@ -126,6 +126,7 @@ class Engine:
                 self.cache.keep(ref)
                 if pin:
                     self.cache.pin(ref, "device")
+            self.cache.give_back()
             return
         if pin:
             self.cache.pin(ref, tier)
@@ -147,6 +148,7 @@ class Engine:
         reservation = self.cache.reserve(ref, self.cache.parts(ref), evict=False)
         if reservation and self.cache.complete(reservation):
             self.cache.release(ref)
+        self.cache.give_back()
 
     def plan(self, request: GenerationRequest) -> Planned:
         """What a request would take, without running it.
@@ -197,7 +199,10 @@ class Engine:
         """
         timings: dict[str, int] = {}
         job = Job(request, on_step, on_phase, cancelled, on_preview, deadline, overdue)
-        done = self.attempts.run(job, timings)
+        try:
+            done = self.attempts.run(job, timings)
+        finally:
+            self.cache.give_back()
         on_phase("inference", "done")
         return Generated(done.images, self._meta(request, done), timings, done.nsfw)
 

@@ -92,6 +92,7 @@ class Setup:
         self.line.on_change = self.stager.poke
 
     def note_freed(self) -> None:
+        assert not self.tiers.lock._is_owned(), "everybody waits for the device to give memory back"
         self.freed += 1
 
     def use(self, name: str, cancelled: Callable[[], bool] = lambda: False, seconds: float = 0.0, **more: Any) -> str:

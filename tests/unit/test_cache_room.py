@@ -16,6 +16,7 @@ from torch import nn
 from api.engine.books import State
 from api.engine.calls import Cancelled
 from api.engine.parts import HostPart, PartSpec
+from api.errors import ApiError
 from tests.unit.test_cache import FakeLoader, Setup, ref, until
 
 Table = dict[str, list[tuple[str, int]]]
@@ -181,6 +182,30 @@ def test_a_pin_comes_after_an_unload_that_waits_for_a_job(make: Callable[..., Se
         it.cache.unload(ref("A").key)
         it.cache.keep(ref("A"))
     assert ref("A") in it.cache
+
+
+def test_the_devices_memory_is_given_back_after_every_eviction(make: Callable[..., Setup]) -> None:
+    """But for what is taken over: that is not free."""
+    it = make({"A": [("unet-A", 10)], "B": [("unet-B", 10)], "C": [("te-C", 10)]}, 10, 100, shared=False)
+    use(it, "A")
+    use(it, "B")
+    assert it.freed == 0  # in the place of A
+    use(it, "C")
+    assert it.freed == 1
+    with it.line.lease(ref("C"), lambda: False):
+        it.cache.unload(ref("C").key)
+        assert it.freed == 1
+    it.cache.give_back()
+    it.cache.give_back()
+    assert it.freed == 2
+    use(it, "A")
+    it.loader.faults["place unet-B"] = ApiError("MODEL_BROKEN", "cut")
+    with pytest.raises(ApiError):
+        use(it, "B")
+    assert it.freed == 3
+    use(it, "B")
+    it.cache.unload(ref("B").key, "host")
+    assert it.freed == 4
 
 
 def test_what_is_pinned_to_the_hosts_memory_is_there(make: Callable[..., Setup]) -> None:

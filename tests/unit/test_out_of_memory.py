@@ -6,6 +6,7 @@ import concurrent.futures
 import gc
 import logging
 import random
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +182,21 @@ def test_a_shortage_by_another_name(it: Setup, models: list[ModelRef], monkeypat
     with pytest.raises(ApiError, match="Tried to allocate 3 bytes") as error:
         it.generate(a_request(models[0]))
     assert error.value.code == "OUT_OF_MEMORY"
+
+
+def test_what_leaves_with_its_last_job_is_free_when_the_memory_is_given_back(
+    it: Setup, models: list[ModelRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job still holds the model when its lease ends."""
+    cache, model, alive = it.engine.cache, models[0], list[bool]()
+    it.engine.load(model)
+    held = cache.hold(model)
+    weights = weakref.ref(held.components["unet"])
+    del held
+    cache.release(model)
+    monkeypatch.setattr(cache, "_freed", lambda: alive.append(weights() is not None))
+    it.engine.generate(a_request(model), on_step=lambda step, total: cache.unload(model.key))
+    assert alive == [False]
 
 
 def test_slices_are_the_same_image(it: Setup, models: list[ModelRef]) -> None:
