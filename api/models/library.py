@@ -33,12 +33,17 @@ _MOMENT = 5.0
 """Seconds for which an answer is believed without looking at the records again."""
 _NOTE_USE = 60.0
 """Seconds between two notes of a model's use."""
+_LOOKED_AT = 1000
+"""Files of a folder that are looked at, at most: what is no model of diffusers' is not to cost more than one."""
+
+_Seen = tuple[tuple[str, int, int], ...]
+"""Names, sizes and times of change."""
 
 
 class _Known(NamedTuple):
-    """A model that was read, and the times of what would change with it."""
+    """A model that was read, and what was seen of its files before."""
 
-    times: tuple[int, int]
+    seen: _Seen
     model: InstalledModel
 
 
@@ -215,14 +220,11 @@ class Library:
         self, model_id: str, folder: Path, revision: str = "", key: str = "", source: str = ""
     ) -> InstalledModel:
         folder = folder.resolve()
-        try:
-            times = _times(folder)
-        except OSError:
-            times = (0, 0)  # what it lacks is told by reading it
+        seen = _seen(folder, bool(revision))
         known = self._known.get(folder)
-        if known is None or known.times != times:
-            known = _Known(times, describe(model_id, folder, revision=revision, key=key, source=source))
-            self._known[folder] = known
+        if known is None or known.seen != seen:
+            model = describe(model_id, folder, revision=revision, key=key, source=source)
+            known = self._known[folder] = _Known(seen, model)
         if known.model.model_id == model_id:
             return known.model
         return msgspec.structs.replace(known.model, model_id=model_id)
@@ -248,6 +250,35 @@ def _limit(settings: Settings) -> int | None:
 
 def _times(folder: Path) -> tuple[int, int]:
     return folder.stat().st_mtime_ns, (folder / "model_index.json").stat().st_mtime_ns
+
+
+def _seen(folder: Path, is_settled: bool) -> _Seen:
+    # what has a revision of its own is never written to; elsewhere the files are what the revision is made of
+    return _looked_at([folder, folder / "model_index.json"]) if is_settled else _files_of(folder)
+
+
+def _files_of(folder: Path) -> _Seen:
+    """The files of a folder and of its components; none is read. Those past the first thousand count by their names."""
+    names = [*_names(folder), *(path for below in _folders(folder) for path in _names(below))]
+    return _looked_at(names[:_LOOKED_AT]) + tuple((str(path), 0, 0) for path in names[_LOOKED_AT:])
+
+
+def _names(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _looked_at(paths: list[Path]) -> _Seen:
+    seen = []
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError:
+            continue  # what a model lacks is told by reading it
+        seen.append((str(path), status.st_size, status.st_mtime_ns))
+    return tuple(seen)
 
 
 def _folders(root: Path) -> list[Path]:

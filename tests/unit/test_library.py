@@ -10,7 +10,7 @@ import pytest
 from api.errors import ApiError
 from api.models.description import InstalledModel
 from api.models.keys import HubFiles, model_key
-from api.models.library import Library
+from api.models.library import Library, _files_of
 from api.models.locations import parse_location
 from api.models.manifest import MANIFEST_NAME, Manifest, list_files
 from api.models.records import Records
@@ -106,6 +106,45 @@ def test_the_fingerprint_follows_the_content(root: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     assert find(root, "org/good").revision != before
+
+
+def replace(file: Path, at: int) -> None:
+    """By one of the same size."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.with_suffix(".new").write_bytes(data)
+    file.with_suffix(".new").replace(file)
+
+
+@pytest.mark.parametrize("roots", [False, True])
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
+def test_a_components_file_that_was_replaced_is_another_revision(root: Path, file: str, roots: bool) -> None:
+    here = library(root / "none", LOCAL_MODELS=str(root)) if roots else library(root)
+    before = here.find(SourceRef("org/good", "org/good"))
+    replace(root / "org--good" / file, -2)
+    after = here.find(SourceRef("org/good", "org/good"))
+    assert before and after and before.revision != after.revision
+    assert [model.revision for model in here.all() if model.model_id == "org/good"] == [after.revision]
+
+
+def test_a_large_file_that_differs_only_in_its_middle_is_another_revision(root: Path) -> None:
+    weights = root / "org--good" / "vae" / "large.safetensors"
+    weights.write_bytes(bytes(17 * 2**20))
+    here = library(root)
+    before = here.find(SourceRef("org/good", "org/good"))
+    replace(weights, (weights.stat().st_size - 64 * 2**10) * 8 // 15)
+    after = here.find(SourceRef("org/good", "org/good"))
+    assert before and after and before.revision != after.revision
+
+
+def test_past_a_bound_files_count_by_their_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no model of diffusers', such as a clone with its history, is not to make every request slow."""
+    monkeypatch.setattr("api.models.library._LOOKED_AT", 3)
+    looked = _files_of(root / "org--good")
+    assert len(looked) > 10
+    assert [times for _, _, times in looked[3:]] == [0] * (len(looked) - 3)
+    (root / "org--good" / "vae" / "new.json").write_text("{}")
+    assert len(_files_of(root / "org--good")) == len(looked) + 1
 
 
 def installed(root: Path, key: str, ref: SourceRef, trusted: bool = False, **parts: str) -> Volume:
