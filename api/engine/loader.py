@@ -35,6 +35,7 @@ from api.engine.specs import (
     computed_in,
     configuration,
     is_known,
+    side_files,
     variant_in,
     variant_of,
     weights,
@@ -137,6 +138,8 @@ class PartLoader:
         identity = weights_identity(component.folder.parent, files)
         key = _digest([*what, self._twins.content(architecture, files, identity)])
         skeleton = self._skeleton(architecture, plan)
+        if skeleton is None:
+            key = _digest([key, side_files(component)])
         return PartSpec(
             name=component.name,
             key=key,

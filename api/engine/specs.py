@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -24,6 +25,7 @@ from api.models.manifest import is_safe_path, read_manifest
 
 _UNIMPORTANT = ("_name_or_path", "_diffusers_version", "transformers_version", "_commit_hash", "torch_dtype")
 """Entries of a configuration that say where a model was saved, not what it is. What it computes in is asked for."""
+_SMALL = 2**20
 _VARIANT = re.compile(r"\.(fp16|bf16)[.-]")
 
 
@@ -98,6 +100,21 @@ def configuration(component: Component) -> dict[str, Any]:
         ApiError: MODEL_BROKEN.
     """
     return _important(_read_json(component.folder / "config.json"))
+
+
+def side_files(component: Component) -> list[list[Any]]:
+    """What a library may read beside a component's configuration and weights, such as settings for generation.
+
+    Raises:
+        ApiError: MODEL_BROKEN: a file cannot be read.
+    """
+    found: list[list[Any]] = []
+    for path in sorted(component.folder.glob("*.json")):
+        if path.name != "config.json":
+            identity = file_identity(path)
+            small = identity[1] <= _SMALL
+            found.append([path.name, hashlib.sha256(path.read_bytes()).hexdigest() if small else identity])
+    return found
 
 
 def _important(config: dict[str, Any]) -> dict[str, Any]:

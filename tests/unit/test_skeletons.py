@@ -28,6 +28,7 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     T5Config,
     T5EncoderModel,
@@ -278,6 +279,18 @@ def test_a_part_left_to_its_library_is_the_same(shares: bool, tmp_path: Path) ->
     the_same(module, library(component, torch.float32))
     mine, theirs = next(module.parameters()), next(host.module.parameters())  # type: ignore[union-attr]
     assert (mine.data_ptr() == theirs.data_ptr()) == shares
+
+
+def test_other_settings_for_generation_are_another_part(tmp_path: Path) -> None:
+    """A library reads them as well; models that share the rest must not share what they write."""
+    components = [saved(LlamaForCausalLM(LlamaConfig(**LLM)), tmp_path / name) for name in ("one", "same", "other")]
+    settings = components[2].folder / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "repetition_penalty": 1.5}))
+    loader = PartLoader(AnyDevice())
+    one, same, other = (spec_of(loader, part, torch.float32) for part in components)
+    assert one.by_library
+    assert one.key == same.key != other.key
+    assert loader.place(other, loader.read(other), None).generation_config.repetition_penalty == 1.5  # type: ignore[union-attr]
 
 
 def test_shards_and_variants_are_found(tmp_path: Path) -> None:
