@@ -12,6 +12,7 @@ from sanic.response import HTTPResponse, json
 from api.http.native import parse_object
 from api.models.description import InstalledModel
 from api.schema.catalogue import catalogue
+from api.schema.generation import ModelRef
 from api.schema.messages import Held
 from api.service import memory
 from api.service.service import Service
@@ -27,11 +28,12 @@ def register(app: Sanic) -> None:
 
 
 async def list_models(request: Request) -> HTTPResponse:
-    """Every model that is here, and every one that is on its way; how full the memory is."""
+    """Every model that is here, in memory only or on its way; how full the memory is."""
     service: Service = request.app.ctx.service
     models = await asyncio.to_thread(service.library.all)
+    others = await memory.not_listed(service, models)
     transfers = [msgspec.to_builtins(transfer) for transfer in service.fetcher.transfers()]
-    entries = [_entry(service, model) for model in models]
+    entries = [_entry(service, model) for model in (*models, *others)]
     return json({"models": entries, "transfers": transfers, "memory": _memory(service)})
 
 
@@ -74,18 +76,37 @@ def _residence(found: list[Held]) -> dict[str, Any]:
     }
 
 
-def _entry(service: Service, model: InstalledModel) -> dict[str, object]:
+def _entry(service: Service, model: InstalledModel | ModelRef) -> dict[str, object]:
     files = str(model.folder), model.revision
-    residence = _residence(memory.held(service.dispatcher.workers, lambda ref: (ref.folder, ref.revision) == files))
+    residence = _residence(memory.held(service.dispatcher.workers, lambda ref: memory.files_of(ref) == files))
     return {
         "MODEL_ID": model.model_id,
         "MODEL_REVISION": model.revision,
+        **residence,
+        **(_on_disk(service, model, residence) if isinstance(model, InstalledModel) else _gone(residence)),
+    }
+
+
+def _on_disk(service: Service, model: InstalledModel, residence: dict[str, Any]) -> dict[str, object]:
+    return {
+        "installed": True,
         "key": model.key or None,
         "source": model.source or None,
-        **residence,
         "bytes": {"disk": model.bytes, **residence["bytes"]},
         "class": model.class_name,
         "scheduler": model.scheduler,
         "pipelines": sorted(catalogue().tasks_of(model.class_name).values()),
         "default": model.model_id == service.settings.model_id,
+    }
+
+
+def _gone(residence: dict[str, Any]) -> dict[str, object]:
+    """Of files that were removed or replaced nothing is known but what they are in memory."""
+    unknown = dict.fromkeys(("key", "source", "class", "scheduler"))
+    return {
+        "installed": False,
+        **unknown,
+        "bytes": {"disk": 0, **residence["bytes"]},
+        "pipelines": [],
+        "default": False,
     }

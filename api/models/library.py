@@ -45,6 +45,8 @@ class _Known(NamedTuple):
 
     seen: _Seen
     model: InstalledModel
+    is_settled: bool
+    """Its revision was told, not made of its files."""
 
 
 class _Answer(NamedTuple):
@@ -133,6 +135,16 @@ class Library:
             with contextlib.suppress(ApiError):
                 found.setdefault(key, self._take(volume, key, manifest, manifest.model_id))
         return sorted(found.values(), key=lambda model: (model.model_id, model.key))
+
+    def recognize(self, folder: Path, revision: str) -> InstalledModel | None:
+        """The model that was found in a folder in that revision, if all is there as it was.
+
+        ``all`` lists what is installed and what was put there by hand; this knows those of others' caches as well.
+        """
+        known = self._known.get(folder)
+        if known is None or known.model.revision != revision or known.seen != _seen(folder, known.is_settled):
+            return None
+        return known.model
 
     def folder_of(self, model_id: str) -> tuple[Path, str] | None:
         """Folder and revision of the model of that id."""
@@ -224,7 +236,7 @@ class Library:
         known = self._known.get(folder)
         if known is None or known.seen != seen:
             model = describe(model_id, folder, revision=revision, key=key, source=source)
-            known = self._known[folder] = _Known(seen, model)
+            known = self._known[folder] = _Known(seen, model, bool(revision))
         if known.model.model_id == model_id:
             return known.model
         return msgspec.structs.replace(known.model, model_id=model_id)

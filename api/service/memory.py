@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from api.errors import ApiError
+from api.models.description import InstalledModel
 from api.schema.generation import ModelRef
 from api.schema.messages import Answer, Held, Load, Unload
 from api.service.options import check_options
@@ -28,6 +30,27 @@ def held(workers: list[Worker], means: Callable[[ModelRef], bool]) -> list[Held]
         means: whether it is that model.
     """
     return [model for worker in workers for model in worker.models.values() if means(model.ref)]
+
+
+async def not_listed(service: Service, listed: list[InstalledModel]) -> list[ModelRef | InstalledModel]:
+    """The models in memory that ``Library.all`` does not list, one entry for all precisions.
+
+    Those of which the files were removed or replaced since are ``ModelRef``s: that is all that is known of them.
+
+    Args:
+        service: whose workers and library.
+        listed: what the library lists.
+    """
+    known = {(str(model.folder), model.revision) for model in listed}
+    loaded = {files_of(model.ref): model.ref for model in held(service.dispatcher.workers, lambda ref: True)}
+    others = [ref for files, ref in loaded.items() if files not in known]
+    library = service.library
+    return await asyncio.to_thread(lambda: [library.recognize(Path(ref.folder), ref.revision) or ref for ref in others])
+
+
+def files_of(ref: ModelRef) -> tuple[str, str]:
+    """What names a model's files: their folder, and which of those that were there."""
+    return ref.folder, ref.revision
 
 
 async def load(service: Service, body: dict[str, Any]) -> list[Held]:
@@ -82,11 +105,12 @@ async def unload(service: Service, body: dict[str, Any]) -> list[Held]:
         found = await asyncio.to_thread(service.library.find, ref)
     except ApiError as error:
         fault = error
-    folder = str(found.folder) if found else ""
+    folder, revision = (str(found.folder), found.revision if ref.revision else "") if found else ("", "")
 
     def means(model: ModelRef) -> bool:
         named = model.model_id == ref.model_id and ref.revision in ("", model.revision)
-        return (named or model.folder == folder) and precision in ("", model.precision)
+        same = model.folder == folder and revision in ("", model.revision)
+        return (named or same) and precision in ("", model.precision)
 
     forgotten = [worker.forget(means) for worker in workers]
     if found is None and not held(workers, means) and not any(forgotten):

@@ -80,8 +80,9 @@ def memory(server: Server) -> dict[str, Any]:
     return server.client.get("/models").json()["memory"][0]
 
 
-def entry(server: Server, model: str) -> dict[str, Any]:
-    return next(e for e in server.client.get("/models").json()["models"] if e["MODEL_ID"] == model)
+def entry(server: Server, model: str, *, installed: bool = True) -> dict[str, Any]:
+    models = server.client.get("/models").json()["models"]
+    return next(e for e in models if (e["MODEL_ID"], e["installed"]) == (model, installed))
 
 
 def until(condition: Any, seconds: float = 30) -> None:
@@ -197,25 +198,46 @@ def test_load_pin_and_unload_over_http(ten: Path, tmp_path: Path) -> None:
         assert abs(shown["last_used"] / 1000 - time.time()) < 60
 
 
-def test_what_was_pinned_is_unloaded_by_name_though_its_files_were_replaced_or_removed(
+def test_what_was_pinned_is_listed_and_unloaded_though_its_files_were_replaced_or_removed(
     ten: Path, tmp_path: Path
 ) -> None:
-    for model in (0, 1):
-        shutil.copytree(folder_of(ten, MODELS[model]), tmp_path / f"tiny--m{model}")
+    removed, replaced, by_revision = models = ["tiny/m5", "tiny/m6", "tiny/m7"]
+    for model in models:
+        shutil.copytree(folder_of(ten, model), folder_of(tmp_path, model))
     with running(environ(tmp_path, MODEL_ID="demo/shapes"), tmp_path / "server.log") as server:
-        for model in ("tiny/m0", "tiny/m1"):
-            assert (
-                server.client.post("/models/load", json={"MODEL_ID": model, "pin": True}).json()["pinned"] == "device"
-            )
-        shutil.rmtree(tmp_path / "tiny--m0")
-        shutil.rmtree(tmp_path / "tiny--m1")
-        shutil.copytree(folder_of(ten, MODELS[2]), tmp_path / "tiny--m1")
-        for model in ("tiny/m0", "tiny/m1"):
-            freed = server.client.post("/models/unload", json={"MODEL_ID": model})
+        post = server.client.post
+        for model in models:
+            assert post("/models/load", json={"MODEL_ID": model, "pin": True}).json()["pinned"] == "device"
+        before = server.client.get("/models").json()["models"]
+        for model in models:
+            shutil.rmtree(folder_of(tmp_path, model))
+        for model in (replaced, by_revision):
+            shutil.copytree(folder_of(ten, MODELS[8]), folder_of(tmp_path, model))
+        # all that takes memory is listed, also beside what it was replaced by
+        shown = server.client.get("/models").json()["models"]
+        assert [(e["MODEL_ID"], e["tier"]) for e in shown if e["installed"]] == [
+            ("demo/shapes", "device"), (replaced, "disk"), (by_revision, "disk"),
+        ]  # fmt: skip
+        gone = {e["MODEL_ID"]: e for e in shown if not e["installed"]}
+        old = {e["MODEL_ID"]: e["MODEL_REVISION"] for e in before}
+        assert {model: (e["MODEL_REVISION"], e["tier"]) for model, e in gone.items()} == {
+            model: (old[model], "device") for model in models
+        }
+        assert {e["bytes"]["disk"] for e in gone.values()} == {0}
+        assert sum(e["bytes"]["device"] for e in shown) == memory(server)["device"]["bytes"]
+        # one revision of two
+        new = entry(server, by_revision)["MODEL_REVISION"]
+        for revision, tier in ((new, "device"), (old[by_revision], "disk")):
+            body = {"MODEL_ID": by_revision, "MODEL_REVISION": revision}
+            assert post("/models/unload", json=body).status_code == 200
+            tiers = [e["tier"] for e in server.client.get("/models").json()["models"] if e["MODEL_ID"] == by_revision]
+            assert (tier in tiers) and len(tiers) == (2 if tier == "device" else 1)
+        for model in (removed, replaced):
+            freed = post("/models/unload", json={"MODEL_ID": model})
             assert (freed.status_code, freed.json()["tier"]) == (200, "disk"), freed.text
-        server.client.post("/models/unload", json={"MODEL_ID": "demo/shapes"})
+        post("/models/unload", json={"MODEL_ID": "demo/shapes"})
         assert memory(server)["device"]["bytes"] == memory(server)["host"]["bytes"] == 0
-        assert server.client.post("/models/unload", json={"MODEL_ID": "tiny/m0"}).status_code == 404
+        assert post("/models/unload", json={"MODEL_ID": removed}).status_code == 404
 
 
 def test_a_load_is_answered_when_the_server_shuts_down(ten: Path, tmp_path: Path) -> None:
