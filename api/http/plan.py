@@ -15,5 +15,5 @@ def register(app: Sanic) -> None:
 
 
 async def plan(request: Request) -> HTTPResponse:
-    """Say whether a request fits, how, and what it waits for; nothing is fetched and nothing is run."""
+    """Say whether a request fits, how, and what it waits for; no weights are fetched and nothing is run."""
     return json(await plan_for(request.app.ctx.service, *parse_body(request.body)))

@@ -110,19 +110,26 @@ class Installer:
         self._records.write(ref, source.key, source.origin)
         return Installed(source.key, folder, upload_to)
 
+    def size(self, ref: SourceRef) -> int | None:
+        """Bytes that ``install`` would fetch, or None where the source does not say; nothing is fetched or changed.
+
+        Raises:
+            ApiError: what the sources raise.
+        """
+        if self._left_by_others(ref) is not None:
+            return 0
+        source, _ = self._find(ref)
+        return source.size if self._volume.find(source.key) is None else 0
+
     def adopt(self, ref: SourceRef, on_progress: OnProgress) -> Installed | None:
         """Take over what docker-diffusers-api left: ``models--org--name[--revision]`` with a diffusers folder in it.
 
         Needs no network. What is there and is not whole is left as it is.
         """
-        # where a request says where the weights are, nothing says that these are those
-        if not (ref.is_local or (ref.trusted and ref.repo == ref.model_id)) or "/" in ref.revision:
+        old = self._left_by_others(ref)
+        if old is None:
             return None
-        name = normalized_model_id(ref.model_id, ref.revision)
-        old, key = self._volume.root / name, adopted_key(name)
-        there = (old / "model_index.json").is_file() and not old.is_symlink()
-        if not there and self._volume.find(key) is None:
-            return None
+        name, key = old.name, adopted_key(old.name)
 
         def prepare() -> None:
             if any(old.rglob("*.bin")):
@@ -136,6 +143,15 @@ class Installer:
         self._records.write(ref, key, name)
         log.info("took over %s as %s", name, key)
         return Installed(key, folder)
+
+    def _left_by_others(self, ref: SourceRef) -> Path | None:
+        """Where docker-diffusers-api left it, also when that was taken over before."""
+        # where a request says where the weights are, nothing says that these are those
+        if not (ref.is_local or (ref.trusted and ref.repo == ref.model_id)) or "/" in ref.revision:
+            return None
+        old = self._volume.root / normalized_model_id(ref.model_id, ref.revision)
+        there = (old / "model_index.json").is_file() and not old.is_symlink()
+        return old if there or self._volume.find(adopted_key(old.name)) is not None else None
 
     def _fetch(
         self,

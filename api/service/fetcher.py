@@ -32,6 +32,8 @@ AT_ONCE = 8
 """Models that are fetched side by side; the next ones wait. As many again from addresses that requests chose: a server
 of a stranger that sends nothing holds up no other kind of source."""
 _TICK = 0.2
+_PATIENCE = 5.0
+"""Seconds that a source has to say how large a model is."""
 _LINGER = 0.25
 """Seconds for which an admitted request's model is held until its job is in line."""
 
@@ -121,6 +123,8 @@ class Fetcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(AT_ONCE)
         self._room_for_strangers = asyncio.Semaphore(AT_ONCE)
+        self._asking = asyncio.Semaphore(AT_ONCE)
+        self._asking_strangers = asyncio.Semaphore(AT_ONCE)
         self._stopping = False
 
     async def ensure(self, ref: SourceRef, check: Check | None = None, on_event: OnTransfer | None = None) -> Fetched:
@@ -158,6 +162,25 @@ class Fetcher:
             return await asyncio.shield(fetch.outcome)
         finally:
             fetch.leave(on_event)
+
+    async def size(self, ref: SourceRef) -> int | None:
+        """Bytes that ``ensure`` would fetch, or None where the source does not say; nothing is fetched.
+
+        Raises:
+            ApiError: what the source says; TIMED_OUT: it takes longer than a few seconds to say anything.
+        """
+        room = self._asking if _is_ours(ref) else self._asking_strangers
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await room.acquire()
+                work = asyncio.ensure_future(_in_thread(lambda: self._size(ref), f"size of {ref.model_id}"))
+                # a source that does not answer keeps its thread for a while: there are only so many of them
+                work.add_done_callback(lambda done: room.release())
+                work.add_done_callback(lambda done: done.cancelled() or done.exception())
+                return await asyncio.shield(work)
+        except TimeoutError:
+            message = f'The source of "{ref.model_id}" did not say within {_PATIENCE:g} s how large it is.'
+            raise ApiError("TIMED_OUT", message) from None
 
     def is_local(self, ref: SourceRef) -> bool:
         """Whether a model is here or nowhere: it is not looked for on the network."""
@@ -219,7 +242,7 @@ class Fetcher:
 
     async def _run(self, fetch: _Fetch) -> None:
         try:
-            async with self._room if fetch.ref.trusted or fetch.ref.is_plain else self._room_for_strangers:
+            async with self._room if _is_ours(fetch.ref) else self._room_for_strangers:
                 work = asyncio.ensure_future(_in_thread(lambda: self._fetch(fetch), f"fetch {fetch.ref.model_id}"))
                 # a source that does not answer keeps its thread for a while, but not its place
                 await asyncio.wait({work, fetch.left}, return_when=asyncio.FIRST_COMPLETED)
@@ -266,6 +289,15 @@ class Fetcher:
         fetch.tracker.end()
         return self._arrived(fetch, installed)
 
+    def _size(self, ref: SourceRef) -> int | None:
+        """In a thread."""
+        try:
+            return self._installer.size(ref)
+        except ApiError as error:
+            if error.code in _NO_SOURCE and self._library.find_by_name(ref) is not None:
+                return 0
+            raise
+
     def _arrived(self, fetch: _Fetch, installed: Installed) -> Fetched:
         model = self._library.find(fetch.ref)
         if model is None:
@@ -310,6 +342,11 @@ class Fetcher:
 
 
 _NO_SOURCE = ("MODEL_NOT_FOUND", "SOURCE_UNREACHABLE")
+
+
+def _is_ours(ref: SourceRef) -> bool:
+    """Whether it comes from the operator's hub or an address of the operator's, not from one that a request chose."""
+    return ref.trusted or ref.is_plain
 
 
 async def _in_thread(work: Callable[[], Any], name: str) -> Any:

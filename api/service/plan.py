@@ -30,7 +30,7 @@ async def plan(service: Service, model_inputs: dict[str, Any], call_inputs: dict
     """
     ref, request = await service.plan(model_inputs, call_inputs)
     if request is None:
-        return _remote(service, ref)
+        return await _remote(service, ref)
     ready = [worker for worker in service.dispatcher.workers if worker.ready]
     if not ready:
         raise ApiError("NOT_READY", "No worker is ready yet; send the request again later.")
@@ -72,11 +72,20 @@ def _told(service: Service, request: GenerationRequest, found: Planned) -> dict[
     return {**body, "why": found.why} if found.why else body
 
 
-def _remote(service: Service, ref: SourceRef) -> dict[str, Any]:
-    """Of a model that is not here: what is known of its way, where it is on it already."""
+async def _remote(service: Service, ref: SourceRef) -> dict[str, Any]:
+    """Of a model that is not here: how large its source says it is, or what is left of it, where it is on its way."""
     moving = [t for t in service.fetcher.transfers() if t.model_id == ref.model_id and t.kind == "download"]
-    left = moving[0].total - moving[0].done if moving and moving[0].total is not None else None
-    return {
+    left, why = None, ""
+    if moving:
+        left = moving[0].total - moving[0].done if moving[0].total is not None else None
+    else:
+        try:
+            left = await service.fetcher.size(ref)
+        except ApiError as error:
+            why = error.message
+    if left is None:
+        why = why or "Its source does not say how large it is."
+    body = {
         "fits": None,
         "placement": None,
         "tier": "remote",
@@ -90,6 +99,7 @@ def _remote(service: Service, ref: SourceRef) -> dict[str, Any]:
         "MODEL_ID": ref.model_id,
         "pipeline": None,
     }
+    return {**body, "why": why} if why else body
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.hub import HubStandIn
 from tests.running import Server, running
+from tests.sources import TOKEN, environ
 
 INPUTS = {"prompt": "a circle", "width": 64, "height": 64, "num_inference_steps": 2}
 
@@ -16,8 +18,8 @@ INPUTS = {"prompt": "a circle", "width": 64, "height": 64, "num_inference_steps"
 @pytest.fixture(scope="module")
 def planning(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that other tests do not use: nothing is known of tiny/a yet."""
-    environ = {"MODELS_DIR": str(models_dir), "RUNTIME_DOWNLOADS": "0"}
-    with running(environ, tmp_path_factory.mktemp("log") / "server.log") as started:
+    settings = {"MODELS_DIR": str(models_dir), "RUNTIME_DOWNLOADS": "0"}
+    with running(settings, tmp_path_factory.mktemp("log") / "server.log") as started:
         yield started
 
 
@@ -85,11 +87,11 @@ def test_errors_are_those_of_the_request_itself(server: Server, body: dict[str, 
 
 
 def test_a_model_that_never_fits(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    environ = {"MODELS_DIR": str(models_dir), "RUNTIME_DOWNLOADS": "0", "MODEL_ID": "tiny/a"}
-    with running(environ, tmp_path_factory.mktemp("log") / "server.log") as server:
+    settings = {"MODELS_DIR": str(models_dir), "RUNTIME_DOWNLOADS": "0", "MODEL_ID": "tiny/a"}
+    with running(settings, tmp_path_factory.mktemp("log") / "server.log") as server:
         pinned = server.client.post("/models/load", json={"MODEL_ID": "tiny/a", "pin": True}).json()
         limit = str(int(pinned["memory"][0]["device"]["bytes"] * 1.5))
-    with running({**environ, "VRAM_LIMIT": limit}, tmp_path_factory.mktemp("log") / "server.log") as server:
+    with running({**settings, "VRAM_LIMIT": limit}, tmp_path_factory.mktemp("log") / "server.log") as server:
         assert server.client.post("/models/load", json={"MODEL_ID": "tiny/a", "pin": True}).status_code == 200
         plan = planned(server, {"MODEL_ID": "tiny/b"})
         refused = server.client.post("/", json={"modelInputs": INPUTS, "callInputs": {"MODEL_ID": "tiny/b"}})
@@ -98,9 +100,22 @@ def test_a_model_that_never_fits(models_dir: Path, tmp_path_factory: pytest.Temp
     assert plan["why"] == refused.json()["$error"]["message"]
 
 
-def test_a_model_that_is_not_here(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    environ = {"MODELS_DIR": str(models_dir), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    with running(environ, tmp_path_factory.mktemp("log") / "server.log") as server:
-        plan = planned(server, {"MODEL_ID": "some/where"})
-        assert (plan["tier"], plan["fits"], plan["bytes"]["fetch"]) == ("remote", None, None)
+def test_a_model_that_is_not_here(models_dir: Path, tmp_path: Path) -> None:
+    with (
+        HubStandIn({"hub/a": {"main": models_dir / "tiny--a"}}, tokens={TOKEN: []}) as hub,
+        running(environ(tmp_path / "v", hub), tmp_path / "server.log") as server,
+    ):
+        plan = planned(server, {"MODEL_ID": "hub/a"})
+        size = sum(path.stat().st_size for path in (models_dir / "tiny--a").rglob("*") if path.is_file())
+        assert (plan["tier"], plan["fits"], plan["bytes"]["fetch"]) == ("remote", None, size)
+        assert "why" not in plan
+        plan = planned(server, {"MODEL_ID": "hub/none"})
+        assert (plan["tier"], plan["bytes"]["fetch"]) == ("remote", None)
+        assert "hub/none" in plan["why"] or "no such model" in plan["why"]
         assert server.client.get("/models").json()["transfers"] == []
+        assert not any("safetensors" in path or "cdn" in path for path in hub.requests)
+    assert not list(tmp_path.glob("v/**/*.safetensors"))
+    with running(environ(tmp_path / "w"), tmp_path / "server.log") as server:
+        plan = planned(server, {"MODEL_ID": "hub/a"})  # nobody is there to say it
+        assert (plan["tier"], plan["bytes"]["fetch"]) == ("remote", None)
+        assert plan["why"]

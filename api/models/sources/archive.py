@@ -27,6 +27,7 @@ class ArchiveSource(Source):
         self.is_known = remote.is_known
         self.key = model_key(LocatedFiles(remote.location, remote.version))
         self.origin, self.revision = str(remote.location), remote.version
+        self.size = remote.size
         self.bytes = int((remote.size or 0) * _GROWS)
 
     def fetch(self, folder: Path, on_progress: OnProgress) -> Got:

@@ -95,6 +95,7 @@ class CheckpointSource(Source):
             raise ApiError("PICKLE_NOT_ALLOWED", message, field="callInputs.CHECKPOINT_URL")
         self.key = model_key(LocatedFiles(found.location, found.version, config_version=config.version))
         self.origin, self.revision = str(found.location), found.version
+        self.size = found.size
         self.bytes = 2 * (found.size or 0)
 
     def fetch(self, folder: Path, on_progress: OnProgress) -> Got:

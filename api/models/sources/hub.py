@@ -43,6 +43,7 @@ class HubSource(Source):
             raise pickle_not_allowed(ref.repo)
         self.key = model_key(HubFiles(plan.repo, plan.commit, selection.variant))
         self.origin, self.revision, self.variant = plan.source, plan.commit, selection.variant
+        self.size = plan.size
         self.bytes = plan.size * (2 if selection.needs_conversion else 1)
 
     def configuration(self, folder: Path, on_progress: OnProgress) -> bool:

@@ -57,6 +57,7 @@ class S3FolderSource(Source):
         self.variant = self._selection.variant
         self.key = model_key(LocatedFiles(location, self._plan.revision, self.variant))
         self.origin, self.revision = str(location), self._plan.revision
+        self.size = self._plan.bytes
         self.bytes = self._plan.bytes * (2 if self._selection.needs_conversion else 1)
 
     def configuration(self, folder: Path, on_progress: OnProgress) -> bool:

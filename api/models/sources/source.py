@@ -36,6 +36,7 @@ class Source(ABC):
         origin: where it lies, without credentials.
         revision: what identifies the content there; empty where the place says nothing.
         variant: which weight files: empty, ``fp16`` or ``bf16``.
+        size: bytes that are to be fetched; None: the place does not say.
         bytes: that it will take on the disk while it is installed, as far as is known.
         is_known: the operator's own hub or storage says so, not a server that a request chose.
     """
@@ -44,6 +45,7 @@ class Source(ABC):
     origin: str
     revision: str
     variant: str = ""
+    size: int | None
     bytes: int
     is_known: bool
 
