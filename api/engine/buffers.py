@@ -19,7 +19,6 @@ import torch
 log = logging.getLogger("api.engine")
 
 PAGE = mmap.PAGESIZE
-_LARGE_PAGE = 2**21
 _SLACK = 8
 """A part may take memory that is larger than it by one part in so many."""
 
@@ -117,7 +116,7 @@ class Spare:
 
 
 def _suits(pages: _Pages, size: int) -> bool:
-    return size <= len(pages) <= size + size // _SLACK + _LARGE_PAGE
+    return size <= len(pages) <= size + size // _SLACK + PAGE
 
 
 class _Pages(mmap.mmap):
