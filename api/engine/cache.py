@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from api.engine.books import Begun, Moves, NeverFits, State
-from api.engine.host import HostParts, never_fits
+from api.engine.host import TICK, HostParts, never_fits
 from api.engine.known import Known
 from api.engine.moving import Mover, Reservation
 from api.engine.parts import Loader, PartSpec, Run
@@ -65,7 +65,7 @@ class ModelCache:
         return self._known.refs()
 
     def parts(self, ref: ModelRef) -> Sequence[PartSpec]:
-        """A model's parts.
+        """A model's parts, as its files are now.
 
         Raises:
             ApiError: MODEL_BROKEN.
@@ -91,15 +91,18 @@ class ModelCache:
             evict: whether others may be evicted.
 
         Returns:
-            To be given to ``complete``. None when there is no room beside the models that are leased.
+            To be given to ``complete``. None when there is no room beside the models that are leased, or jobs still
+            have the model as it was before its files were replaced.
 
         Raises:
             ApiError: OUT_OF_MEMORY: there never will be.
         """
         with self.tiers.lock:
+            if (entered := self._entered(ref, specs)) is None:
+                return None
+            specs = entered
             if self.hold(ref) is not None:
                 return Reservation(ref, specs, None)
-            self._known.enter(ref, specs)
             try:
                 begun = self.tiers.begin(ref.key, wanted, evict=evict)
             except NeverFits as fault:
@@ -182,7 +185,12 @@ class ModelCache:
             ApiError: MODEL_BROKEN.
             MemoryError: there is less room than was thought.
         """
-        specs = self.parts(ref)
+        parts = self.parts(ref)
+        with self.tiers.lock:
+            specs = self._entered(ref, parts)
+        self.give_back()
+        if specs is None:
+            return False
 
         def is_left_out(spec: PartSpec) -> bool:
             part = self.tiers.part(spec.key)
@@ -199,12 +207,13 @@ class ModelCache:
             MemoryError: there is less room than was thought.
         """
         specs = self.parts(ref)
-        with self.tiers.lock:
-            self._known.enter(ref, specs)
+        with self.tiers.changed:
+            while (entered := self._entered(ref, specs)) is None:
+                self.tiers.changed.wait(TICK)
             self.tiers.lease(ref.key)
         try:
             for _ in range(3):  # a copy of what the device has may leave while the next one is read
-                if not self._bring_to_host(ref, specs, specs):
+                if not self._bring_to_host(ref, entered, entered):
                     return False
                 with self.tiers.lock:
                     if self.tiers.in_host(ref.key):
@@ -289,6 +298,23 @@ class ModelCache:
         return "disk" if read else "host" if copy else "device", sum(size for size, _ in known), read, copy
 
     # --- moving ---
+
+    def _entered(self, ref: ModelRef, specs: Sequence[PartSpec]) -> Sequence[PartSpec] | None:
+        """Enter a model in the books; the parts that it has there; the lock is held.
+
+        Returns:
+            None when its files were replaced, and what it was made of before is still in use.
+        """
+        if self._known.enter(ref, specs):
+            return specs
+        if current := self._known.current(ref):
+            return current  # these parts are those of before
+        if (moves := self._known.renew(ref, specs)) is None:
+            return None
+        log.info("%s is read anew: its files were replaced", ref.key)
+        self._models.pop(ref.key, None)
+        self._forget(moves)
+        return specs
 
     def _bring_to_host(
         self, ref: ModelRef, specs: Sequence[PartSpec], wanted: Iterable[PartSpec], ahead_of: Collection[str] = ()

@@ -106,7 +106,8 @@ class HostParts:
 
     def _turn(self, ref: ModelRef, specs: Sequence[PartSpec], spec: PartSpec, ahead_of: Collection[str] | None) -> Turn:
         """What to do about a part that is to be here; the lock is held."""
-        self._known.enter(ref, specs)
+        if not self._known.enter(ref, specs):
+            return Turn.FULL  # its files were replaced, and what it was made of is still in use
         try:
             turn, moves = self._tiers.begin_read(spec.key, ahead_of)
         except NeverFits as fault:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from api.engine.books import Moves
+from api.engine.headers import file_identity
 from api.engine.parts import Loader, PartSpec
 from api.engine.tiers import Tiers
+from api.errors import ApiError
 from api.schema.generation import ModelRef
 
 
@@ -23,20 +26,34 @@ class Known:
         self._entries: dict[str, tuple[ModelRef, Sequence[PartSpec]]] = {}
 
     def parts(self, ref: ModelRef) -> Sequence[PartSpec]:
-        """A model's parts.
+        """A model's parts, as its files are now.
 
         Raises:
             ApiError: MODEL_BROKEN.
         """
+        return self.current(ref) or self._loader.parts(ref)
+
+    def current(self, ref: ModelRef) -> Sequence[PartSpec] | None:
+        """The parts that a model was entered with; None if it was not, or its files have been replaced since."""
         with self._tiers.lock:
             known = self._entries.get(ref.key)
-        return known[1] if known else self._loader.parts(ref)
+        return known[1] if known and not any(map(_is_replaced, known[1])) else None
 
-    def enter(self, ref: ModelRef, specs: Sequence[PartSpec]) -> None:
-        """Enter a model in the books, if it is not in there."""
+    def enter(self, ref: ModelRef, specs: Sequence[PartSpec]) -> bool:
+        """Enter a model in the books, if it is not in there; whether it is in there with these parts."""
         with self._tiers.lock:
-            self._entries[ref.key] = (ref, specs)
             self._tiers.know(ref.key, specs)
+            if not self._tiers.consists_of(ref.key, specs):
+                return False
+            self._entries[ref.key] = (ref, specs)
+            return True
+
+    def renew(self, ref: ModelRef, specs: Sequence[PartSpec]) -> Moves | None:
+        """Enter a model with other parts than those that it has in the books; None while these are in use."""
+        with self._tiers.lock:
+            if (moves := self._tiers.renew(ref.key, specs)) is not None:
+                self._entries[ref.key] = (ref, specs)
+            return moves
 
     def keys(self, model: str) -> set[str]:
         """The keys of a model's parts, as it was entered last."""
@@ -48,3 +65,11 @@ class Known:
             present = self._tiers.models()
             self._entries = {key: entry for key, entry in self._entries.items() if key in present}
             return {key: ref for key, (ref, _) in self._entries.items()}
+
+
+def _is_replaced(spec: PartSpec) -> bool:
+    """Whether a part's files are others than when its key was made. Of what is gone, there is what is in memory."""
+    try:
+        return spec.identities != tuple(map(file_identity, spec.files))
+    except ApiError:
+        return False

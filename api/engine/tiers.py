@@ -135,6 +135,31 @@ class Tiers:
                 part = self._books.parts.setdefault(piece.key, Part(piece.key, piece.architecture, piece.bytes))
                 part.models.add(model)
 
+    def consists_of(self, model: str, pieces: Sequence[Piece]) -> bool:
+        """Whether a model is in the books with these parts."""
+        with self.lock:
+            known = self._books.models.get(model)
+            return known is not None and set(known.parts) == {piece.key for piece in pieces}
+
+    def renew(self, model: str, pieces: Sequence[Piece]) -> Moves | None:
+        """Have a model consist of other parts, and keep its pin; what was its own alone leaves.
+
+        Returns:
+            None while it is leased, or a part of its own is on its way: it is as it was.
+        """
+        with self.lock:
+            known, parts = self._books.models[model], self._books.of(model)
+            if known.leases or any(p.models == {model} and State.COMING in (p.device, p.host) for p in parts):
+                return None
+            pin, moves = known.pin, self.drop(model)
+            if self._books.models.pop(model, None):  # others have what is left of it
+                for part in parts:
+                    part.models.discard(model)
+                self._settled()
+            self.know(model, pieces)
+            self._books.models[model].pin = pin
+            return moves
+
     def hold(self, model: str) -> bool:
         """Lease a model if it is on the device."""
         with self.lock:

@@ -15,6 +15,7 @@ from torch import nn
 
 from api.engine.books import State
 from api.engine.calls import Cancelled
+from api.engine.headers import file_identity
 from api.engine.parts import HostPart, PartSpec
 from api.errors import ApiError
 from tests.unit.test_cache import FakeLoader, Setup, ref, until
@@ -47,6 +48,28 @@ def make() -> Iterator[Callable[..., Setup]]:
     yield build
     for each in made:
         each.close()
+
+
+class FileLoader(FakeLoader):
+    """Models of one part, called what is in their file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def replace(self, name: str, key: str) -> None:
+        (self.folder / "new").write_text(key)
+        (self.folder / "new").replace(self.folder / name)
+
+    def parts(self, ref: Any) -> list[PartSpec]:
+        path = self.folder / ref.model_id
+        key, was = path.read_text(), (file_identity(path),)
+        return [PartSpec("unet", key, "unet", 10, Path(), "", "", torch.float32, (path,), False, was)]
+
+    def read(self, spec: PartSpec) -> HostPart:
+        if spec.identities != (file_identity(spec.files[0]),):
+            raise ApiError("MODEL_BROKEN", "changed")
+        return super().read(spec)
 
 
 def use(it: Setup, name: str, cancelled: Callable[[], bool] = lambda: False) -> str:
@@ -206,6 +229,67 @@ def test_the_devices_memory_is_given_back_after_every_eviction(make: Callable[..
     use(it, "B")
     it.cache.unload(ref("B").key, "host")
     assert it.freed == 4
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[Setup]:
+    loader = FileLoader(tmp_path)
+    for name in "AB":
+        loader.replace(name, "one")
+    it = Setup(100, 100, shared=False, loader=loader)
+    yield it
+    it.close()
+
+
+def made_of(it: Setup, name: str) -> str:
+    with it.line.lease(ref(name), lambda: False) as model:
+        return model["unet"].key
+
+
+def test_a_model_whose_files_were_replaced_is_read_anew(files: Setup) -> None:
+    assert (made_of(files, "A"), made_of(files, "B")) == ("one", "one")
+    files.loader.replace("A", "other")
+    assert (made_of(files, "A"), made_of(files, "B")) == ("other", "one")  # what another has stays with it
+    files.loader.replace("B", "other")
+    assert made_of(files, "B") == "other"
+    assert files.tiers.device_bytes == files.tiers.host_bytes == 10
+    assert files.loader.reads == {"one": 1, "other": 1}
+    files.loader.replace("A", "other")
+    (files.loader.folder / "B").unlink()
+    assert (made_of(files, "A"), made_of(files, "B")) == ("other", "other")
+    assert files.loader.reads == {"one": 1, "other": 1}
+
+
+def test_jobs_keep_the_model_that_they_have_when_its_files_are_replaced(files: Setup) -> None:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with files.line.lease(ref("A"), lambda: False) as model:
+            files.cache.pin(ref("A"), "device")
+            files.loader.replace("A", "other")
+            jobs = [pool.submit(made_of, files, "A"), pool.submit(files.cache.load_host, ref("A"))]
+            until(files.line.wishes)
+            assert files.cache.stage(ref("A")) is False
+            assert not any(job.done() for job in jobs)
+            assert model["unet"].key == "one"
+        assert [job.result(5) for job in jobs] == ["other", True]
+    held = files.cache.held()[ref("A").key]
+    assert (held.tier, held.pin, held.leases) == ("device", "device", 0)
+    assert files.tiers.part("one") is None
+
+
+def test_what_is_read_ahead_is_what_is_there_now(files: Setup) -> None:
+    assert files.cache.stage(ref("A"))
+    files.loader.replace("A", "other")
+    assert files.cache.stage(ref("A"))
+    assert files.loader.reads == {"one": 1, "other": 1}
+    assert files.tiers.host_bytes == 10
+
+
+def test_who_looked_before_the_files_were_replaced_gets_what_is_there_now(files: Setup) -> None:
+    before = files.cache.parts(ref("A"))
+    files.loader.replace("A", "other")
+    assert made_of(files, "A") == "other"
+    reservation = files.cache.reserve(ref("A"), before)
+    assert files.cache.complete(reservation)["unet"].key == "other"
 
 
 def test_what_is_pinned_to_the_hosts_memory_is_there(make: Callable[..., Setup]) -> None:

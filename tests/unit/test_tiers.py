@@ -375,6 +375,16 @@ class Machine(RuleBasedStateMachine):
     def drop(self, name: str, to: str) -> None:
         self.forget(self.books.drop(name, to))
 
+    @rule(name=NAMES)
+    def renew(self, name: str) -> None:
+        """Its files were replaced; here, by such of the same parts."""
+        if before := self.books.models().get(name):
+            pin, moves = before.pin, self.books.renew(name, MODELS[name])
+            assert moves is not None or self.busy()
+            if moves is not None:
+                assert self.books.models()[name].pin == pin
+                self.forget(moves)
+
     @rule(back=st.integers(0, 40))
     def expire(self, back: int) -> None:
         pinned = {p.key for k, m in self.books.models().items() if m.pin == "device" for p in MODELS[k]}
