@@ -29,6 +29,8 @@ class Stager:
         self._poked = threading.Event()
         self._closed = False
         self._failed: set[str] = set()
+        self._full: dict[str, tuple[int, list[str]]] = {}
+        """Models for which there was no room, with the version of the books and the models that were wanted sooner."""
         self._thread = threading.Thread(target=self._run, name="stage", daemon=True)
         self._thread.start()
 
@@ -55,14 +57,19 @@ class Stager:
 
     def _stage(self) -> None:
         refs = self._wishes()
-        self._failed &= {ref.key for ref in refs}
+        keys = [ref.key for ref in refs]
+        self._failed.intersection_update(keys)
+        self._full = {key: then for key, then in self._full.items() if key in keys}
         for index, ref in enumerate(refs):
             if self._closed or self._poked.is_set():
                 return  # what is wanted may be another by now
             if ref.key in self._failed or self._cache.tiers.warm(ref.key):
                 continue
+            if self._full.get(ref.key) == (self._cache.tiers.version, keys[:index]):
+                continue  # nothing has changed since
             try:
-                self._cache.stage(ref, [other.key for other in refs[:index]])
+                if not self._cache.stage(ref, keys[:index]):
+                    self._full[ref.key] = self._cache.tiers.version, keys[:index]
             except (ApiError, MemoryError, OSError) as fault:
                 log.info("%s is not read ahead: %s", ref.model_id, fault)
                 self._failed.add(ref.key)

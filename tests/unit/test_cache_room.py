@@ -17,7 +17,9 @@ from api.engine.books import State
 from api.engine.calls import Cancelled
 from api.engine.headers import file_identity
 from api.engine.parts import HostPart, PartSpec
+from api.engine.staging import Stager
 from api.errors import ApiError
+from api.schema.generation import ModelRef
 from tests.unit.test_cache import FakeLoader, Setup, ref, until
 
 Table = dict[str, list[tuple[str, int]]]
@@ -193,6 +195,45 @@ def test_what_does_not_fit_whole_is_not_read_ahead_again_and_again(make: Callabl
         assert it.loader.reads == {"unet-A": 1, "te-M": 1}
     assert use(it, "M") == "M"
     assert it.loader.reads == {"unet-A": 1, "te-M": 1, "unet-M": 1}
+
+
+def test_what_found_no_room_is_not_tried_again_before_something_has_changed(make: Callable[..., Setup]) -> None:
+    it = make({"A": [("unet-A", 6)], "M": [("te-M", 4), ("unet-M", 4)]}, 10, 10, shared=False)
+    wanted, looks, tried, real = [ref("M")], [0], list[str](), it.cache.stage
+
+    def wishes() -> list[ModelRef]:
+        looks[0] += 1
+        return list(wanted)
+
+    def stage(one: ModelRef, ahead_of: list[str]) -> bool:
+        tried.append(one.model_id)
+        return real(one, ahead_of)
+
+    it.cache.stage = stage
+    stager = Stager(it.cache, wishes)
+
+    def poke() -> None:
+        before = looks[0]
+        stager.poke()
+        until(lambda: looks[0] > before)
+
+    try:
+        with it.line.lease(ref("A"), lambda: False):
+            it.tiers.pin(ref("A").key, "host")
+            poke()
+            until(lambda: tried)
+            for _ in range(5):
+                poke()
+            assert tried == ["M"]
+            wanted.insert(0, ref("A"))
+            poke()
+            until(lambda: tried == ["M"] * 2)
+            del wanted[0]
+        it.cache.unload(ref("A").key)
+        poke()
+        until(lambda: it.tiers.warm(ref("M").key))
+    finally:
+        stager.close()
 
 
 def test_a_pin_comes_after_an_unload_that_waits_for_a_job(make: Callable[..., Setup]) -> None:
