@@ -158,3 +158,14 @@ class Evil:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         return os.system, (self.command,)
+
+
+def every_form(model: Path, folder: Path) -> Path:
+    """A model as one file in either precision, as a pickle, and under a name that is wrong."""
+    full, half = demo_checkpoint(model, torch.float32), demo_checkpoint(model, torch.float16)
+    save(full, folder / "fp32.safetensors")
+    save(half, folder / "fp16.safetensors")
+    save(full, folder / "fp32.ckpt")
+    # named wrongly on purpose: the content counts
+    (folder / "renamed.ckpt").write_bytes((folder / "fp16.safetensors").read_bytes())
+    return folder

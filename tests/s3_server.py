@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import botocore.session
 import pytest
 
 from api.models import s3_client
-from tests.running import free_port
 from tests.s3 import Store
-
-MOTO = shutil.which("moto_server", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+from tests.sources import moto
 
 
 @pytest.fixture
@@ -43,22 +34,8 @@ def one_loader() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    if MOTO is None:
-        pytest.skip("moto_server is not installed: pip install 'moto[server]'")
-    port = free_port()
-    process = subprocess.Popen(
-        [MOTO, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            assert process.poll() is None, "moto_server ended"
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+    with moto() as address:
+        yield f"http://{address}"
 
 
 @pytest.fixture

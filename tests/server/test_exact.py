@@ -24,6 +24,7 @@ from api.engine.generate import Engine
 from api.engine.loader import PartLoader
 from api.engine.parts import HostPart, PartSpec
 from api.schema.generation import GenerationRequest, ModelRef, Picture
+from tests.generating import a_request
 from tests.running import ROOT, Server, images_of, running
 from tests.soak import Differences, Order, draw_order, memory_of, shared_out, size_of, threads_of
 
@@ -171,22 +172,9 @@ def as_request(order: Order, number: int, folders: dict[str, Path]) -> Generatio
     if order.kind == "inpaint":
         inputs["width"] = inputs["height"] = pictures["image"].width
     suffix = {"txt2img": "", "img2img": "Img2Img", "inpaint": "Inpaint"}[order.kind]
-    return GenerationRequest(
-        id=str(number),
-        request_id=str(number),
-        model=ModelRef(model, "soak", "fp32", str(folders[model])),
-        pipeline=f"StableDiffusion{suffix}Pipeline",
-        scheduler=order.scheduler,
-        inputs=inputs,
-        pictures=pictures,
-        seed=seed,
-        images=1,
-        image_format="PNG",
-        image_quality=95,
-        attention="sdpa",
-        safety_checker=True,
-        meta={},
-    )
+    ref, pipeline = ModelRef(model, "soak", "fp32", str(folders[model])), f"StableDiffusion{suffix}Pipeline"
+    more = {"pictures": pictures, "seed": seed, "safety_checker": True}
+    return a_request(str(number), ref, pipeline, order.scheduler, inputs, **more)
 
 
 @pytest.fixture

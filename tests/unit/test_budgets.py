@@ -23,30 +23,43 @@ def test_without_control_groups_it_is_the_machines(tmp_path: Path) -> None:
     assert host_memory(machine(tmp_path, "0::/\n", {})) == Memory(1000 * 1024, 800 * 1024)
 
 
-def test_the_tightest_group_on_the_way_up_counts(tmp_path: Path) -> None:
-    files = {
-        "sys/fs/cgroup/a/memory.max": "500000\n",
-        "sys/fs/cgroup/a/memory.current": "300000\n",
-        "sys/fs/cgroup/a/memory.stat": "anon 1\ninactive_file 100000\n",
-        "sys/fs/cgroup/a/b/memory.max": "max\n",
-        "sys/fs/cgroup/a/b/memory.current": "7\n",
-    }
-    assert host_memory(machine(tmp_path, "0::/a/b\n", files)) == Memory(500000, 300000)
-
-
-def test_version_one_too_and_its_no_limit_is_none(tmp_path: Path) -> None:
-    files = {
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-        "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "600000\n",
-        "sys/fs/cgroup/memory/box/memory.usage_in_bytes": "200000\n",
-        "sys/fs/cgroup/memory/box/memory.stat": "total_inactive_file 50000\n",
-    }
-    assert host_memory(machine(tmp_path, "5:cpu:/x\n4:memory:/box\n0::/\n", files)) == Memory(600000, 450000)
-
-
-def test_a_path_of_the_host_leads_to_the_group_at_the_top(tmp_path: Path) -> None:
-    files = {"sys/fs/cgroup/memory.max": "400000\n", "sys/fs/cgroup/memory.current": "100000\n"}
-    assert host_memory(machine(tmp_path, "0::/kubepods/pod1/c\n", files)) == Memory(400000, 300000)
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        pytest.param(
+            "0::/a/b\n",
+            {
+                "a/memory.max": "500000\n",
+                "a/memory.current": "300000\n",
+                "a/memory.stat": "anon 1\ninactive_file 100000\n",
+                "a/b/memory.max": "max\n",
+                "a/b/memory.current": "7\n",
+            },
+            Memory(500000, 300000),
+            id="the tightest on the way up",
+        ),
+        pytest.param(
+            "5:cpu:/x\n4:memory:/box\n0::/\n",
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "memory/box/memory.limit_in_bytes": "600000\n",
+                "memory/box/memory.usage_in_bytes": "200000\n",
+                "memory/box/memory.stat": "total_inactive_file 50000\n",
+            },
+            Memory(600000, 450000),
+            id="version one, whose no limit is none",
+        ),
+        pytest.param(
+            "0::/kubepods/pod1/c\n",
+            {"memory.max": "400000\n", "memory.current": "100000\n"},
+            Memory(400000, 300000),
+            id="a path of the host leads to the one at the top",
+        ),
+    ],
+)
+def test_control_groups_count(tmp_path: Path, cgroup: str, files: dict[str, str], expected: Memory) -> None:
+    found = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    assert host_memory(machine(tmp_path, cgroup, found)) == expected
 
 
 def test_this_machine_has_memory() -> None:

@@ -18,7 +18,7 @@ from api.engine.convert import reading
 from api.errors import ApiError
 from api.models.conversion import FAMILIES, convert_checkpoint
 from api.models.manifest import missing_parts
-from tests.checkpoints import Evil, demo_checkpoint, files_of, nothing, save, weights_of
+from tests.checkpoints import Evil, demo_checkpoint, every_form, files_of, nothing, save, weights_of
 from tests.running import ROOT
 
 DEMO = ROOT / "models" / "shapes"
@@ -27,14 +27,7 @@ Progress = list[tuple[str, int, int | None]]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    full, half = demo_checkpoint(DEMO, torch.float32), demo_checkpoint(DEMO, torch.float16)
-    save(full, folder / "fp32.safetensors")
-    save(half, folder / "fp16.safetensors")
-    save(full, folder / "fp32.ckpt")
-    # named wrongly on purpose: the content counts
-    (folder / "renamed.ckpt").write_bytes((folder / "fp16.safetensors").read_bytes())
-    return folder
+    return every_form(DEMO, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")

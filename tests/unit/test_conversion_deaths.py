@@ -16,7 +16,7 @@ import torch
 from api.engine.convert import __main__ as converter
 from api.errors import ApiError
 from api.models.conversion import convert_checkpoint, convert_pickles
-from tests.checkpoints import demo_checkpoint, nothing, save
+from tests.checkpoints import every_form, nothing
 from tests.running import ROOT
 
 DEMO = ROOT / "models" / "shapes"
@@ -39,14 +39,7 @@ def children() -> list[int]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    full, half = demo_checkpoint(DEMO, torch.float32), demo_checkpoint(DEMO, torch.float16)
-    save(full, folder / "fp32.safetensors")
-    save(half, folder / "fp16.safetensors")
-    save(full, folder / "fp32.ckpt")
-    # named wrongly on purpose: the content counts
-    (folder / "renamed.ckpt").write_bytes((folder / "fp16.safetensors").read_bytes())
-    return folder
+    return every_form(DEMO, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,14 @@ def later_of(folder: Path, service: Any, monkeypatch: pytest.MonkeyPatch) -> Lat
     return Later(Settings.from_env(), service)
 
 
+def begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Later, Refusing]:
+    """One that has begun, over a service that has no room."""
+    service = Refusing()
+    later = later_of(folder, service, monkeypatch)
+    later.start()
+    return later, service
+
+
 def failing(call: Callable[..., Any], times: int) -> Callable[..., Any]:
     """A method of the store that fails so often before it works."""
     count = itertools.count()
@@ -128,9 +136,7 @@ async def test_while_the_store_cannot_be_read_clients_are_told_so(
 async def test_a_job_is_not_lost_when_it_cannot_be_written_that_it_waits_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Any
 ) -> None:
-    service = Refusing()
-    later = later_of(tmp_path, service, monkeypatch)
-    later.start()
+    later, service = begun(tmp_path, monkeypatch)
     monkeypatch.setattr(later._store, "give_back", failing(later._store.give_back, 2))
     await later.accept("r", {"prompt": "x"}, {})
     await until(lambda: service.admitted >= 2)  # it was its turn once more
@@ -141,9 +147,7 @@ async def test_a_disk_that_stays_full_does_not_keep_the_server_from_stopping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Any
 ) -> None:
     monkeypatch.setattr(laters, "_LAST_WORDS", 0.2)
-    service = Refusing()
-    later = later_of(tmp_path, service, monkeypatch)
-    later.start()
+    later, service = begun(tmp_path, monkeypatch)
     monkeypatch.setattr(later._store, "give_back", failing(later._store.give_back, 10**9))
     job = await later.accept("r", {"prompt": "x"}, {})
     await until(lambda: service.admitted)
@@ -189,9 +193,7 @@ async def test_a_job_keeps_its_place_on_the_way_from_the_store_to_the_line(
 async def test_a_job_that_is_cancelled_before_it_began_leaves_no_place_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Any
 ) -> None:
-    service = Refusing()
-    later = later_of(tmp_path, service, monkeypatch)
-    later.start()
+    later, service = begun(tmp_path, monkeypatch)
     begin = later._begin
 
     def cancelled(work: Any) -> Any:

@@ -19,7 +19,8 @@ from transformers import (
 
 from api.engine.device import Device
 from api.engine.generate import Engine
-from api.schema.generation import GenerationRequest, ModelRef, Picture
+from api.schema.generation import ModelRef, Picture
+from tests.generating import a_request
 from tests.running import ROOT
 from tests.tiny import save_tiny
 
@@ -130,20 +131,7 @@ def test_every_task_in_half_precision(family: tuple[str, Path], precision: str) 
             inputs["strength"] = 0.6
         if flow:
             inputs["max_sequence_length"] = 16
-        request = GenerationRequest(
-            id=task,
-            request_id=task,
-            model=ModelRef(name, "main", precision, str(folder)),
-            pipeline=f"{name}{task}Pipeline",
-            scheduler="FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler",
-            inputs=inputs,
-            pictures={key: pictures[key] for key in given},
-            seed=1,
-            images=1,
-            image_format="PNG",
-            image_quality=95,
-            attention="sdpa",
-            safety_checker=False,
-            meta={},
-        )
+        ref, mine = ModelRef(name, "main", precision, str(folder)), {key: pictures[key] for key in given}
+        scheduler = "FlowMatchEulerDiscreteScheduler" if flow else "EulerDiscreteScheduler"
+        request = a_request(task, ref, f"{name}{task}Pipeline", scheduler, inputs, pictures=mine)
         assert engine.generate(request).images.shape == (1, SIZE, SIZE, 3), task

@@ -20,6 +20,7 @@ from api.engine.executor import Executor
 from api.engine.generate import Engine
 from api.engine.views import view
 from api.schema.generation import GenerationRequest, ModelRef
+from tests.generating import a_request
 from tests.tiny import save_tiny
 from tests.unit.test_merging import UNET, rand, sd, vae
 
@@ -37,22 +38,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
 
 def request(model: ModelRef, seed: int, pag: float | None) -> GenerationRequest:
     inputs: dict[str, Any] = {"prompt": f"a circle {seed}", "width": 64, "height": 64, "num_inference_steps": 4}
-    return GenerationRequest(
-        id=str(seed),
-        request_id=str(seed),
-        model=model,
-        pipeline="StableDiffusionPipeline" if pag is None else PAG,
-        scheduler="EulerDiscreteScheduler",
-        inputs=inputs if pag is None else {**inputs, "pag_scale": pag},
-        pictures={},
-        seed=seed,
-        images=1,
-        image_format="PNG",
-        image_quality=95,
-        attention="sdpa",
-        safety_checker=False,
-        meta={},
-    )
+    pipeline = "StableDiffusionPipeline" if pag is None else PAG
+    inputs = inputs if pag is None else {**inputs, "pag_scale": pag}
+    return a_request(str(seed), model, pipeline, "EulerDiscreteScheduler", inputs, seed=seed)
 
 
 def together(engine: Engine, requests: list[GenerationRequest]) -> dict[str, np.ndarray]:
