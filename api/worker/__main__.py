@@ -45,13 +45,14 @@ def main() -> None:
     import torch  # noqa: F401  first, to know how long the rest takes
 
     torch_ms = round((time.perf_counter() - began) * 1000)
-    from api.engine.budgets import budgets, host_memory
     from api.engine.device import Device
+
+    device = Device(args.device, required=bool(settings.devices))  # that there is none is known before diffusers is
+    from api.engine.budgets import budgets, host_memory
     from api.engine.generate import Engine
     from api.worker.worker import Worker
 
     _quiet_libraries()
-    device = Device(args.device, required=bool(settings.devices))
     limits = budgets(settings.vram_limit, settings.ram_limit, device.memory(), host_memory(), args.workers)
     engine = Engine(device, limits, longest_wait=settings.max_switch_wait, idle_timeout=settings.model_idle_timeout)
     init_ms = round((time.perf_counter() - began) * 1000)
