@@ -29,6 +29,14 @@ def fresh(tmp_path: Path, models_dir: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+    """Only tests of one file, one at a time, send to it; each leaves it idle."""
+    environ = {"MODELS_DIR": str(models_dir), "MAX_CONCURRENCY": "2"}
+    with running(environ, tmp_path_factory.mktemp("own") / "server.log") as server:
+        yield server
+
+
 def send(server: Server, model_inputs: dict[str, Any], headers: dict[str, str] | None = None, **more: Any) -> str:
     answer = server.client.post("/jobs", json={"modelInputs": model_inputs, **more}, headers=headers)
     assert answer.status_code == 202, answer.text
@@ -181,37 +189,37 @@ def test_every_reader_sees_the_same_events_and_can_resume(server: Server) -> Non
     assert over.status_code == 204  # an EventSource stops here
 
 
-def test_progress_is_told_while_it_runs(fresh: Server) -> None:
-    job_id = send(fresh, LONG)
-    wait_for(fresh, job_id, ("IN_PROGRESS",))
+def test_progress_is_told_while_it_runs(own: Server) -> None:
+    job_id = send(own, LONG)
+    wait_for(own, job_id, ("IN_PROGRESS",))
     seen = []
     while len(seen) < 5:
-        progress = look(fresh, job_id).get("progress")
+        progress = look(own, job_id).get("progress")
         if progress and progress["step"] > 2 and (not seen or progress["step"] > seen[-1]["step"]):
             seen.append(progress)
     assert all(progress["total"] == 500 and progress["eta"] > 0 for progress in seen)
-    assert fresh.client.delete(f"/jobs/{job_id}").json()["state"] == "CANCELLED"
+    assert own.client.delete(f"/jobs/{job_id}").json()["state"] == "CANCELLED"
 
 
-def test_jobs_are_cancelled_wherever_they_are(fresh: Server) -> None:
-    runs, other = send(fresh, LONG), send(fresh, LONG)
-    waits = send(fresh, LONG)
-    wait_for(fresh, other, ("IN_PROGRESS",))
-    assert look(fresh, waits)["queuePosition"] == 1
+def test_jobs_are_cancelled_wherever_they_are(own: Server) -> None:
+    runs, other = send(own, LONG), send(own, LONG)
+    waits = send(own, LONG)
+    wait_for(own, other, ("IN_PROGRESS",))
+    assert look(own, waits)["queuePosition"] == 1
     for job_id in (waits, runs, other):
-        answer = fresh.client.delete(f"/jobs/{job_id}")
+        answer = own.client.delete(f"/jobs/{job_id}")
         assert (answer.status_code, answer.json()["state"]) == (200, "CANCELLED")
     deadline = time.monotonic() + 10
-    while any(w["busy"] for w in fresh.client.get("/health/ready").json()["workers"]):
+    while any(w["busy"] for w in own.client.get("/health/ready").json()["workers"]):
         assert time.monotonic() < deadline, "a cancelled job still runs"
         time.sleep(0.02)
-    done = send(fresh, QUICK)
-    assert wait_for(fresh, done)["state"] == "COMPLETED"
-    assert fresh.client.delete(f"/jobs/{done}").json()["state"] == "COMPLETED"
+    done = send(own, QUICK)
+    assert wait_for(own, done)["state"] == "COMPLETED"
+    assert own.client.delete(f"/jobs/{done}").json()["state"] == "COMPLETED"
     for job_id in (waits, runs, other):
-        assert look(fresh, job_id)["$error"]["code"] == "CANCELLED"
-        assert [body["state"] for _, body in sse(fresh, job_id) if body["type"] == "state"][-1] == "CANCELLED"
-    assert fresh.client.get("/health/ready").json()["queue"] == 0
+        assert look(own, job_id)["$error"]["code"] == "CANCELLED"
+        assert [body["state"] for _, body in sse(own, job_id) if body["type"] == "state"][-1] == "CANCELLED"
+    assert own.client.get("/health/ready").json()["queue"] == 0
 
 
 def test_priority_and_one_bound_for_all(tmp_path: Path, models_dir: Path) -> None:
@@ -340,12 +348,12 @@ def test_sigterm_lets_a_job_finish_within_the_drain(fresh: Server, tmp_path: Pat
         again.stop()
 
 
-def test_two_servers_with_one_state_dir_are_told(fresh: Server, tmp_path: Path) -> None:
-    second = Server({"STATE_DIR": str(fresh.log.with_suffix(".state"))}, tmp_path / "second.log")
+def test_two_servers_with_one_state_dir_are_told(own: Server, tmp_path: Path) -> None:
+    second = Server({"STATE_DIR": str(own.log.with_suffix(".state"))}, tmp_path / "second.log")
     assert second.process.wait(60) == 2
     assert "another server uses this folder" in second.log.read_text()
     assert "Traceback" not in second.log.read_text()
-    assert fresh.client.get("/health/live").status_code == 200
+    assert own.client.get("/health/live").status_code == 200
 
 
 def test_without_persistence_the_prompt_is_nowhere_in_the_folder(tmp_path: Path, models_dir: Path) -> None:

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.running import Server, images_of
+from tests.running import Server, images_of, running
 
 GOOD = {"prompt": "a red circle on a blue background", "num_inference_steps": 3, "seed": 5}
 LONG = {"prompt": "a red circle", "num_inference_steps": 500, "seed": 1}
@@ -29,6 +29,18 @@ def fresh(tmp_path: Path, models_dir: Path) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def living(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterator[Server]:
+    """One whose workers may be killed, for tests after which it is as good as before."""
+    environ = {"MODELS_DIR": str(models_dir), "MAX_CONCURRENCY": "2"}
+    with running(environ, tmp_path_factory.mktemp("log") / "server.log") as server:
+        yield server
+
+
+def restarts(server: Server) -> int:
+    return int(server.client.get("/health/ready").json()["workers"][0]["restarts"])
 
 
 def alive(pid: int) -> bool:
@@ -64,44 +76,48 @@ def test_it_answers_before_it_can_work_and_says_so(fresh: Server) -> None:
     assert fresh.client.get("/ping").status_code == 200
 
 
-def test_a_worker_that_dies_is_replaced_and_its_job_is_done_all_the_same(fresh: Server) -> None:
-    fresh.wait_ready()
-    alone = images_of(fresh.post(GOOD).json())[0]
+def test_a_worker_that_dies_is_replaced_and_its_job_is_done_all_the_same(living: Server) -> None:
+    living.wait_ready()
+    before = restarts(living)
+    alone = images_of(living.post(GOOD).json())[0]
     slow = {**GOOD, "num_inference_steps": 60}
-    slow_alone = images_of(fresh.post(slow).json())[0]
+    slow_alone = images_of(living.post(slow).json())[0]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        jobs = [pool.submit(fresh.post, inputs) for inputs in (slow, GOOD, GOOD)]
-        wait_busy(fresh)
-        (pid,) = fresh.worker_pids()
+        jobs = [pool.submit(living.post, inputs) for inputs in (slow, GOOD, GOOD)]
+        wait_busy(living)
+        (pid,) = living.worker_pids()
         os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
-        assert fresh.client.get("/health/live").status_code == 200
+        assert living.client.get("/health/live").status_code == 200
         answers = [job.result() for job in jobs]
     assert [a.status_code for a in answers] == [200, 200, 200]
     for answer, reference in zip(answers, (slow_alone, alone, alone), strict=True):
         # made in company, where the kernels sum in another order
         assert np.abs(images_of(answer.json())[0].astype(int) - reference).max() <= 1
-    assert fresh.process.poll() is None
-    assert fresh.client.get("/health/ready").json()["workers"][0]["restarts"] == 1
+    assert living.process.poll() is None
+    assert restarts(living) == before + 1
 
 
 @pytest.mark.parametrize(("how", "deaths"), [(signal.SIGSEGV, 2), (signal.SIGKILL, 3)])
 def test_a_job_whose_worker_dies_again_and_again_is_failed_not_retried_for_ever(
-    fresh: Server, how: signal.Signals, deaths: int
+    living: Server, how: signal.Signals, deaths: int
 ) -> None:
-    fresh.wait_ready()
+    living.wait_ready()
+    before = restarts(living)
+    mine = {**LONG, "prompt": f"a red circle, until {how.name}"}  # nobody has heard of it
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        job = pool.submit(fresh.post, LONG)
+        job = pool.submit(living.post, mine)
         for _ in range(deaths):
-            wait_busy(fresh)
-            os.kill(fresh.worker_pids()[0], how)
-            fresh_restarts = time.monotonic() + 30
-            while fresh.client.get("/health/ready").status_code == 200 and time.monotonic() < fresh_restarts:
+            wait_busy(living)
+            os.kill(living.worker_pids()[0], how)
+            seen = time.monotonic() + 30
+            while living.client.get("/health/ready").status_code == 200 and time.monotonic() < seen:
                 time.sleep(0.02)
         assert job.result().status_code == 422
     assert job.result().json()["$error"]["code"] == "JOB_KILLED_WORKER"
-    assert fresh.post(GOOD).status_code == 200
-    assert fresh.post(LONG).json()["$error"]["code"] == "JOB_KILLED_WORKER"  # the same again: said at once
+    assert living.post(GOOD).status_code == 200
+    assert restarts(living) == before + deaths
+    assert living.post(mine).json()["$error"]["code"] == "JOB_KILLED_WORKER"  # the same again: said at once
 
 
 def test_sigterm_finishes_what_runs_refuses_what_is_new_and_leaves_nothing(fresh: Server) -> None:
@@ -150,16 +166,15 @@ def test_a_worker_that_cannot_start_is_given_up_and_said(models_dir: Path, tmp_p
         server.stop()
 
 
-def test_a_port_in_use_is_said_in_a_sentence(fresh: Server) -> None:
+def test_a_port_in_use_is_said_in_a_sentence(living: Server) -> None:
     import sys
 
     from tests.running import ROOT
 
-    fresh.wait_live()
-    command = [sys.executable, "-m", "api", "serve", "--port", str(fresh.port), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "api", "serve", "--port", str(living.port), "--host", "127.0.0.1"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert out.returncode == 2
-    assert str(fresh.port) in out.stderr
+    assert str(living.port) in out.stderr
     assert "Traceback" not in out.stderr
 
 
@@ -181,15 +196,19 @@ def test_port_0_tells_which_port_it_took(models_dir: Path) -> None:
         process.wait(20)
 
 
-def test_deaths_after_a_good_start_never_add_up_to_defunct(fresh: Server) -> None:
-    fresh.wait_ready()
+def test_deaths_after_a_good_start_never_add_up_to_defunct(living: Server) -> None:
+    living.wait_ready()
+    before = restarts(living)
     for death in range(1, 4):
-        os.kill(fresh.worker_pids()[0], signal.SIGKILL)
+        os.kill(living.worker_pids()[0], signal.SIGKILL)
         deadline = time.monotonic() + 60
-        while not (now := fresh.client.get("/health/ready").json()["workers"][0])["ready"] or now["restarts"] < death:
+        while (
+            not (now := living.client.get("/health/ready").json()["workers"][0])["ready"]
+            or now["restarts"] < before + death
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-    assert fresh.post(GOOD).status_code == 200
+    assert living.post(GOOD).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ INPUTS = {"prompt": "a circle", "width": 64, "height": 64, "num_inference_steps"
 
 @pytest.fixture(scope="module")
 def planning(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that other tests do not use: nothing is known of tiny/a yet."""
+    """A server that other files do not use: nothing is known of tiny/a yet."""
     settings = {"MODELS_DIR": str(models_dir), "RUNTIME_DOWNLOADS": "0"}
     with running(settings, tmp_path_factory.mktemp("log") / "server.log") as started:
         yield started
@@ -86,12 +86,10 @@ def test_errors_are_those_of_the_request_itself(server: Server, body: dict[str, 
     assert 400 <= told[0][0] < 500
 
 
-def test_a_model_that_never_fits(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    settings = {"MODELS_DIR": str(models_dir), "RUNTIME_DOWNLOADS": "0", "MODEL_ID": "tiny/a"}
-    with running(settings, tmp_path_factory.mktemp("log") / "server.log") as server:
-        pinned = server.client.post("/models/load", json={"MODEL_ID": "tiny/a", "pin": True}).json()
-        limit = str(int(pinned["memory"][0]["device"]["bytes"] * 1.5))
-    with running({**settings, "VRAM_LIMIT": limit}, tmp_path_factory.mktemp("log") / "server.log") as server:
+def test_a_model_that_never_fits(planning: Server, models_dir: Path, tmp_path: Path) -> None:
+    limit = str(int(planned(planning, {"MODEL_ID": "tiny/a"})["bytes"]["model"] * 1.5))
+    settings = {"MODELS_DIR": str(models_dir), "RUNTIME_DOWNLOADS": "0", "MODEL_ID": "tiny/a", "VRAM_LIMIT": limit}
+    with running(settings, tmp_path / "server.log") as server:
         assert server.client.post("/models/load", json={"MODEL_ID": "tiny/a", "pin": True}).status_code == 200
         plan = planned(server, {"MODEL_ID": "tiny/b"})
         refused = server.client.post("/", json={"modelInputs": INPUTS, "callInputs": {"MODEL_ID": "tiny/b"}})

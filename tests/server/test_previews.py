@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.running import Server, images_of, pixels, running
-from tests.server.test_jobs import LONG, fresh, look, send, sse, wait_for
+from tests.running import Server, images_of, pixels
+from tests.server.test_jobs import LONG, look, own, send, sse, wait_for
 
-__all__ = ["fresh"]
+__all__ = ["own"]
 CIRCLE = {"prompt": "a red circle on a blue background", "num_inference_steps": 20, "seed": 5}
 TOLERANCE = 1
 """Levels of 255 by which an image may differ from the one made alone; float32 on one CPU."""
@@ -103,16 +102,16 @@ def test_streams_at_once_show_what_they_show_alone(server: Server) -> None:
             assert np.abs(pixels(a["image_base64"]).astype(int) - pixels(b["image_base64"])).mean() <= 2
 
 
-def test_a_job_for_later_shows_its_newest_preview_until_it_is_over(fresh: Server) -> None:
-    job_id = send(fresh, {**LONG, "num_images_per_prompt": 2}, callInputs={"preview": 1})
-    told = sse(fresh, job_id, stop_at=10)
+def test_a_job_for_later_shows_its_newest_preview_until_it_is_over(own: Server) -> None:
+    job_id = send(own, {**LONG, "num_images_per_prompt": 2}, callInputs={"preview": 1})
+    told = sse(own, job_id, stop_at=10)
     shown = [body for _, body in told if body.get("status") == "preview"]
     assert shown
     links = [f"/jobs/{job_id}/previews/{number}" for number in (0, 1)]
     assert all(body["image_urls"] == links and body["total"] == 500 for body in shown)
     seen: list[int] = []
     while len(seen) < 3:
-        answer = fresh.client.get(links[1])
+        answer = own.client.get(links[1])
         assert answer.status_code == 200, answer.text
         assert (answer.headers["content-type"], answer.headers["cache-control"]) == ("image/jpeg", "no-store")
         assert pixels(answer.content).shape == (16, 16, 3)
@@ -120,19 +119,19 @@ def test_a_job_for_later_shows_its_newest_preview_until_it_is_over(fresh: Server
             seen.append(step)
     assert seen == sorted(seen)
     assert seen[0] >= shown[-1]["step"]
-    polled = look(fresh, job_id)
+    polled = look(own, job_id)
     assert len(polled["preview"]["images_base64"]) == 2
     assert pixels(polled["preview"]["images_base64"][0]).shape == (16, 16, 3)
     assert polled["preview"]["step"] <= polled["progress"]["step"]
     assert polled["progress"]["eta"] > 0
-    linked = look(fresh, job_id, "?images=url")["preview"]
+    linked = look(own, job_id, "?images=url")["preview"]
     assert linked == {"step": linked["step"], "total": 500, "image_urls": links}
-    assert fresh.client.get(f"/jobs/{job_id}/previews/2").json()["$error"]["code"] == "INVALID_INPUTS"
-    assert fresh.client.delete(f"/jobs/{job_id}").json()["state"] == "CANCELLED"
-    events = [body for _, body in sse(fresh, job_id)]
+    assert own.client.get(f"/jobs/{job_id}/previews/2").json()["$error"]["code"] == "INVALID_INPUTS"
+    assert own.client.delete(f"/jobs/{job_id}").json()["state"] == "CANCELLED"
+    events = [body for _, body in sse(own, job_id)]
     assert events[-1]["state"] == "CANCELLED"
-    assert {"preview", "progress"}.isdisjoint(look(fresh, job_id))
-    gone = fresh.client.get(links[0])
+    assert {"preview", "progress"}.isdisjoint(look(own, job_id))
+    gone = own.client.get(links[0])
     assert (gone.status_code, gone.json()["$error"]["code"]) == (404, "NOT_FOUND")
     assert "CANCELLED" in gone.json()["$error"]["message"]
 
@@ -157,32 +156,33 @@ def test_every_reader_of_a_job_gets_the_same_previews(server: Server) -> None:
     assert np.abs(images_of(look(server, job_id)["result"])[0].astype(int) - alone).max() <= TOLERANCE
 
 
-def test_previews_stay_out_of_the_store(tmp_path: Path, models_dir: Path) -> None:
-    with running({"MODELS_DIR": str(models_dir)}, tmp_path / "server.log") as server:
-        job_id = send(server, LONG, callInputs={"preview": 1})
-        sse(server, job_id, stop_at=8)
-        newest = server.client.get(f"/jobs/{job_id}/previews/0").content
-        assert newest.startswith(b"\xff\xd8")
-        state = tmp_path / "server.state"
-        for path in state.rglob("*"):
-            if path.is_file():
-                data = path.read_bytes()
-                assert b"\xff\xd8\xff" not in data, path
-                assert b"/9j/" not in data, path  # the same in base64
-        assert not (state / "results").exists() or not list((state / "results").iterdir())
+def test_previews_stay_out_of_the_store(own: Server) -> None:
+    job_id = send(own, LONG, callInputs={"preview": 1})
+    sse(own, job_id, stop_at=8)
+    newest = own.client.get(f"/jobs/{job_id}/previews/0").content
+    assert newest.startswith(b"\xff\xd8")
+    state = own.log.with_suffix(".state")
+    files = [path for path in state.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        data = path.read_bytes()
+        assert b"\xff\xd8\xff" not in data, path
+        assert b"/9j/" not in data, path  # the same in base64
+    assert not (state / "results").exists() or not list((state / "results").iterdir())
+    assert own.client.delete(f"/jobs/{job_id}").json()["state"] == "CANCELLED"
 
 
-def test_a_stream_that_is_left_in_the_midst_ends_its_job(fresh: Server) -> None:
+def test_a_stream_that_is_left_in_the_midst_ends_its_job(own: Server) -> None:
     body = {"modelInputs": LONG, "callInputs": {"streamEvents": True, "preview": 1}}
-    with fresh.client.stream("POST", "/", json=body) as answer:
+    with own.client.stream("POST", "/", json=body) as answer:
         shown = 0
         for line in answer.iter_lines():
             shown += json.loads(line).get("status") == "preview"
             if shown == 5:
                 break
-    again = stream(fresh, CIRCLE, preview=10)  # the one slot of it is free again, and it shows nothing of the other
+    again = stream(own, CIRCLE, preview=10)  # the one slot of it is free again, and it shows nothing of the other
     assert [p["step"] for p in previews_of(again)] == [10, 20]
     deadline = time.monotonic() + 10
-    while any(worker["busy"] for worker in fresh.client.get("/health/ready").json()["workers"]):
+    while any(worker["busy"] for worker in own.client.get("/health/ready").json()["workers"]):
         assert time.monotonic() < deadline, "the job that nobody reads still runs"
         time.sleep(0.02)
