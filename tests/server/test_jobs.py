@@ -292,6 +292,7 @@ def test_jobs_survive_a_restart_and_give_the_image_made_at_once(tmp_path: Path, 
         wait_for(server, finished)
         wait_for(server, long, ("IN_PROGRESS",))
         second = send(server, {**LONG, "num_inference_steps": 80})
+        wait_for(server, second, ("IN_PROGRESS",))
         jobs = [send(server, inputs) for inputs in wanted]
         server = restart(server, environ, tmp_path / "again.log", kill=kill)
         server.wait_ready()
