@@ -23,8 +23,8 @@ from api.models.manifest import read_manifest
 from tests.hub import HubStandIn
 from tests.running import ROOT
 from tests.s3 import KEY, SECRET, Store
-from tests.s3_server import endpoint, one_loader, only_our_credentials, store  # noqa: F401
 
+pytest_plugins = ("tests.s3_server",)
 SHAPES = ROOT / "models" / "shapes"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SIZE = sum(path.stat().st_size for path in SHAPES.rglob("*") if path.is_file())
@@ -431,7 +431,7 @@ def test_a_reader_that_ends_early_is_no_fault(api: Commands) -> None:
 
 
 @pytest.fixture
-def in_s3(api: Commands, store: Store) -> Commands:  # noqa: F811
+def in_s3(api: Commands, store: Store) -> Commands:
     api.environ |= {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -446,7 +446,7 @@ def in_s3(api: Commands, store: Store) -> Commands:  # noqa: F811
     [pytest.param("some/folder/", marks=pytest.mark.slow), pytest.param("a.tar.zst", marks=pytest.mark.slow), ""],
     ids=["folder", "archive", "default"],
 )
-def test_push_then_pull_elsewhere_gives_equal_files(in_s3: Commands, store: Store, tmp_path: Path, key: str) -> None:  # noqa: F811
+def test_push_then_pull_elsewhere_gives_equal_files(in_s3: Commands, store: Store, tmp_path: Path, key: str) -> None:
     api, url = in_s3, f"s3:///{store.bucket}/{key}" if key else "s3://"
     api("download", "org/shapes")
     out = api("models", "push", "org/shapes", url)
@@ -465,13 +465,13 @@ def test_push_then_pull_elsewhere_gives_equal_files(in_s3: Commands, store: Stor
 
 
 @pytest.mark.slow
-def test_a_bundled_model_can_be_pushed(in_s3: Commands, store: Store) -> None:  # noqa: F811
+def test_a_bundled_model_can_be_pushed(in_s3: Commands, store: Store) -> None:
     in_s3("models", "push", "demo/shapes", f"s3:///{store.bucket}/demo/")
     assert f"demo/{UNET}" in store.names()
 
 
 @pytest.mark.slow
-def test_what_is_not_at_model_url_is_fetched_and_kept_there(in_s3: Commands, store: Store) -> None:  # noqa: F811
+def test_what_is_not_at_model_url_is_fetched_and_kept_there(in_s3: Commands, store: Store) -> None:
     environ = {"MODEL_ID": "org/shapes", "MODEL_URL": "s3://"}
     out = in_s3("download", "--no-upload", environ=environ)
     assert "models push" in out.stdout and store.names() == set()
@@ -481,7 +481,7 @@ def test_what_is_not_at_model_url_is_fetched_and_kept_there(in_s3: Commands, sto
 
 
 @pytest.mark.slow
-def test_an_upload_that_is_refused_leaves_the_model_here(in_s3: Commands, store: Store) -> None:  # noqa: F811
+def test_an_upload_that_is_refused_leaves_the_model_here(in_s3: Commands, store: Store) -> None:
     url = "s3:///no-such-bucket-here/x.tar.zst"
     said = in_s3("download", "org/shapes", "--url", url, status=1).stderr
     assert SECRET not in said

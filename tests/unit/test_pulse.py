@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,13 +53,10 @@ class Scene:
     def job(self, calls: int | None, then: threading.Event | None = None, module: Module | None = None) -> None:
         """One that makes so many calls, or goes on until the end, and then waits in its own thread."""
         module, made = module or Module(), 0
-        with self.executor.job(Ticket(self.over.is_set)) as ticket:
-            try:
-                while calls is None or made < calls:
-                    self.executor.run(ticket, module.forward, (torch.zeros(1, 1),), {})
-                    made += 1
-            except Cancelled:
-                return
+        with contextlib.suppress(Cancelled), self.executor.job(Ticket(self.over.is_set)) as ticket:
+            while calls is None or made < calls:
+                self.executor.run(ticket, module.forward, (torch.zeros(1, 1),), {})
+                made += 1
             if then:
                 then.wait(30)
 
