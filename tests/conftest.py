@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.running import Server, running
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+hypothesis.settings.register_profile("whatever-else-runs", deadline=None)
+hypothesis.settings.load_profile("whatever-else-runs")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import itertools
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,10 +24,20 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Below those that the kernel gives to clients, and each process of a parallel run has its own: between the choice
+# and the server's bind nobody else takes one.
+_SHARE = 1500
+_FIRST = 20_000 + _SHARE * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8)
+_ports = itertools.count(secrets.randbelow(_SHARE))
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A TCP port of 127.0.0.1 at which nobody listens, another one at each call."""
+    while True:
+        port = _FIRST + next(_ports) % _SHARE
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
