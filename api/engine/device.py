@@ -43,13 +43,14 @@ class Device:
         self.is_cuda = self.torch.type == "cuda"
         self.shares_host = not self.is_cuda
         """Modules on it may use the host's own memory; a test says no, to go the way of a GPU."""
+        self._threads = torch.get_num_threads()  # later each thread has its own number
 
     @property
     def name(self) -> str:
         """What people call the device."""
         if self.is_cuda:
             return torch.cuda.get_device_name(self.torch)
-        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        return f"{platform.machine()} CPU, {self._threads} threads"
 
     def dtype(self, precision: str) -> torch.dtype:
         """What a precision is computed in here. A CPU computes in fp32 always: fp16 is 20 times slower there."""
