@@ -92,7 +92,7 @@ class Model:
     Attributes:
         leases: of running jobs, and of those that load it.
         pin: the tier that it is not evicted from, ``device`` or ``host``.
-        leaving: where it goes when its last lease ends: ``host`` or ``disk``.
+        leaving: where it goes when its last lease ends, or what is being read of it is there: ``host`` or ``disk``.
     """
 
     parts: tuple[str, ...]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from api.engine.books import Begun, Moves, NeverFits, State
+from api.engine.calls import Cancelled
 from api.engine.host import TICK, HostParts, never_fits
 from api.engine.known import Known
 from api.engine.moving import Mover, Reservation
@@ -44,7 +45,7 @@ class ModelCache:
         self._exclusively = exclusively
         self._freed = freed
         self._known = Known(tiers, loader)
-        self._host = HostParts(tiers, self._known, loader, exclusively)
+        self._host = HostParts(tiers, self._known, loader, exclusively, self._forget)
         self._mover = Mover(tiers, self._host, loader, on_device, exclusively, self._arrived)
         self._modules: dict[str, nn.Module] = {}
         self._models: dict[str, Any] = {}
@@ -199,21 +200,36 @@ class ModelCache:
         wanted = (spec for spec in specs if not is_left_out(spec))
         return self._bring_to_host(ref, specs, wanted, ahead_of) and self.tiers.warm(ref.key)
 
-    def load_host(self, ref: ModelRef, *, pin: bool = False) -> bool:
+    def load_host(self, ref: ModelRef, *, pin: bool = False, cancelled: Callable[[], bool] = lambda: False) -> bool:
         """Bring a model into the host's memory because it was asked for, also what the device has; whether it is there.
+
+        Args:
+            ref: which model.
+            pin: keep it there.
+            cancelled: asked while it waits, and before each part is read.
 
         Raises:
             ApiError: MODEL_BROKEN.
+            Cancelled: ``cancelled`` said so.
             MemoryError: there is less room than was thought.
         """
         specs = self.parts(ref)
         with self.tiers.changed:
             while (entered := self._entered(ref, specs)) is None:
+                if cancelled():
+                    raise Cancelled
                 self.tiers.changed.wait(TICK)
             self.tiers.lease(ref.key)
+
+        def wanted() -> Iterator[PartSpec]:
+            for spec in entered:
+                if cancelled():
+                    raise Cancelled
+                yield spec
+
         try:
             for _ in range(3):  # a copy of what the device has may leave while the next one is read
-                if not self._bring_to_host(ref, entered, entered):
+                if not self._bring_to_host(ref, entered, wanted()):
                     return False
                 with self.tiers.lock:
                     if self.tiers.in_host(ref.key):

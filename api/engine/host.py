@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from api.engine.books import NeverFits, State, Turn
+from api.engine.books import Moves, NeverFits, State, Turn
 from api.engine.known import Known
 from api.engine.parts import HostPart, Loader, PartSpec, Run
 from api.engine.spent import Rate
@@ -25,16 +25,20 @@ class HostParts:
         known: what the models consist of.
         loader: reads.
         exclusively: runs a function on the device's thread, while nothing else runs.
+        left: told of what left a tier because a part came; the books' lock is held.
 
     Attributes:
         rate: how fast parts are read.
     """
 
-    def __init__(self, tiers: Tiers, known: Known, loader: Loader, exclusively: Run) -> None:
+    def __init__(
+        self, tiers: Tiers, known: Known, loader: Loader, exclusively: Run, left: Callable[[Moves], object]
+    ) -> None:
         self._tiers = tiers
         self._known = known
         self._loader = loader
         self._exclusively = exclusively
+        self._left = left
         self._parts: dict[str, HostPart] = {}
         self.rate = Rate()
 
@@ -124,12 +128,12 @@ class HostParts:
             )
         except BaseException:
             with self._tiers.lock:
-                self._tiers.read_failed(spec.key)
+                self._left(self._tiers.read_failed(spec.key))
             raise
         self.rate.note(spec.bytes, time.perf_counter() - began)
         with self._tiers.lock:
             self._parts[spec.key] = host
-            self._tiers.read_done(spec.key)
+            self._left(self._tiers.read_done(spec.key))
         return host
 
 

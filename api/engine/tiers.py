@@ -280,8 +280,8 @@ class Tiers:
             self._settled()
             return Turn.READ, moves
 
-    def read_done(self, key: str) -> None:
-        """A part is in the host's memory."""
+    def read_done(self, key: str) -> Moves:
+        """A part is in the host's memory; what leaves are models that were sent away while it was read."""
         with self.lock:
             part = self._books.parts[key]
             assert part.host is State.COMING
@@ -289,23 +289,28 @@ class Tiers:
             part.used = max(part.used, self._clock())
             for model in part.models:
                 self._books.models[model].used = max(self._books.models[model].used, part.used)
+            moves = self._leave_late(part)
             self._settled()
+            return moves
 
-    def read_failed(self, key: str) -> None:
-        """A part could not be read. Where it was promised to one who copies it, the promise stays."""
+    def read_failed(self, key: str) -> Moves:
+        """A part could not be read; else as ``read_done``. Its promise to one who copies it stays."""
         with self.lock:
             part = self._books.parts[key]
             part.reader = False
             if not (self._books.shared and part.device is State.COMING):
                 part.host = State.ABSENT
+            moves = self._leave_late(part)
             self._settled()
+            return moves
 
     # --- away ---
 
     def drop(self, model: str, to: str = "disk") -> Moves:
         """Have a model leave the device, and with ``to="disk"`` the host's memory; parts that others use stay.
 
-        It is unpinned. A model that is leased goes when its last lease ends.
+        It is unpinned. A model that is leased goes when its last lease ends, a part that is being read when
+        it is there.
         """
         with self.lock:
             known = self._books.models.get(model)
@@ -316,6 +321,8 @@ class Tiers:
                 known.leaving = to
                 self._settled()
                 return Moves()
+            if to == "disk" and any(part.host is State.COMING for part in self._books.of(model)):
+                known.leaving = to
             moves = self._forget(eviction.of_model(self._books, model, to))
             self._settled()
             return moves
@@ -345,8 +352,20 @@ class Tiers:
 
     # --- entries ---
 
+    def _leave_late(self, part: Part) -> Moves:
+        moves = list[Moves]()
+        for model in list(part.models):
+            known = self._books.models.get(model)
+            if known and known.leaving and not known.leases:
+                to, known.leaving = known.leaving, None
+                moves.append(self.drop(model, to))
+        return Moves(tuple(key for m in moves for key in m.device), tuple(key for m in moves for key in m.host))
+
     def _lease(self, model: str) -> None:
-        self._books.models[model].leases += 1
+        known = self._books.models[model]
+        if not known.leases:  # it is wanted again
+            known.leaving = None
+        known.leases += 1
         self._touch(model)
 
     def _touch(self, model: str) -> None:

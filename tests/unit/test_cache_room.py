@@ -197,6 +197,18 @@ def test_what_does_not_fit_whole_is_not_read_ahead_again_and_again(make: Callabl
     assert it.loader.reads == {"unet-A": 1, "te-M": 1, "unet-M": 1}
 
 
+def test_what_is_unloaded_while_it_is_read_ahead_is_gone_when_it_is_read(make: Callable[..., Setup]) -> None:
+    it = make({"A": [("te-A", 4), ("unet-A", 4)]}, 100, 100, shared=False)
+    gate = it.loader.gates["unet-A"] = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(it.cache.stage, ref("A"))
+        until(lambda: it.loader.reads["unet-A"])
+        it.cache.unload(ref("A").key)
+        gate.set()
+        assert ahead.result(5) is False
+    assert (it.tiers.host_bytes, it.cache.held(), it.cache._host._parts) == (0, {}, {})
+
+
 def test_what_found_no_room_is_not_tried_again_before_something_has_changed(make: Callable[..., Setup]) -> None:
     it = make({"A": [("unet-A", 6)], "M": [("te-M", 4), ("unet-M", 4)]}, 10, 10, shared=False)
     wanted, looks, tried, real = [ref("M")], [0], list[str](), it.cache.stage

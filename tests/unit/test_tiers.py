@@ -213,6 +213,24 @@ def test_a_leased_model_that_is_dropped_goes_when_its_last_job_is_done() -> None
     assert books.models() == {}
 
 
+def test_what_is_being_read_of_a_model_that_is_dropped_goes_when_it_is_there_unless_the_model_is_wanted_again() -> None:
+    books = tiers(20)
+    for wanted in (False, True):
+        books.know("A", [one("a"), one("b")])
+        assert books.begin_read("a", ahead_of=())[0] is Turn.READ
+        books.read_done("a")
+        assert books.begin_read("b", ahead_of=())[0] is Turn.READ
+        assert books.drop("A").host == ("a",)
+        if not wanted:
+            assert books.read_done("b").host == ("b",)
+            assert books.models() == {}
+    assert books.begin("A")
+    assert not books.read_done("b")
+    books.placed("b")
+    assert not books.release("A")
+    assert held(books) == {"b"}
+
+
 def test_what_was_not_used_for_long_leaves_the_device_unless_it_is_pinned() -> None:
     books = tiers(40)
     for name in "ABC":
@@ -307,11 +325,11 @@ class Machine(RuleBasedStateMachine):
         if one.reading:
             key, one.reading = one.reading, ""
             if fault:
-                self.books.read_failed(key)
+                self.forget(self.books.read_failed(key))
                 self.give_up(one)
             else:
-                self.books.read_done(key)
                 self.host.add(key)
+                self.forget(self.books.read_done(key))
             return True
         for key in sorted(one.todo, key=lambda key: self.books.part(key).host is not State.HELD):
             try:
@@ -362,10 +380,10 @@ class Machine(RuleBasedStateMachine):
     def read_ahead_done(self, fault: bool) -> None:
         key = self.ahead.pop()
         if fault:
-            self.books.read_failed(key)
+            self.forget(self.books.read_failed(key))
         else:
-            self.books.read_done(key)
             self.host.add(key)
+            self.forget(self.books.read_done(key))
 
     @rule(name=NAMES, tier=st.sampled_from([None, None, "device", "host"]))
     def pin(self, name: str, tier: str | None) -> None:
@@ -430,6 +448,8 @@ class Machine(RuleBasedStateMachine):
             if not any(moved):
                 assert self.leases, "loads wait for each other for ever"
                 self.finish(self.leases[0])
+        for model in self.books.models().values():
+            assert not model.leaving
         for name in MODELS:
             self.books.pin(name, None)
             self.forget(self.books.drop(name))
