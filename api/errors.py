@@ -41,7 +41,7 @@ CODES: dict[str, tuple[int, str]] = {
     "PICKLE_NOT_ALLOWED": (422, "The weights are a pickle, and this server reads only safetensors."),
     "PIPELINE_ERROR": (422, "diffusers refused the inputs when the pipeline ran."),
     "QUEUE_FULL": (429, "Too many requests are waiting; try again after `Retry-After` seconds."),
-    "CANCELLED": (499, "The client went away, or the job was cancelled."),
+    "CANCELLED": (499, "The client went away, the job was cancelled, or a model was unloaded while it was loaded."),
     "INTERNAL_ERROR": (500, "A fault of the server; the log has the request id."),
     "SOURCE_UNREACHABLE": (502, "An image or a model could not be fetched from where it lies."),
     "NOT_READY": (503, "No worker can run jobs at the moment."),

@@ -104,7 +104,15 @@ class Engine:
         self.line.wanted = tuple(refs)
         self.stager.poke()
 
-    def load(self, ref: ModelRef, tier: str = "device", *, pin: bool = False, evict: bool = True) -> None:
+    def load(
+        self,
+        ref: ModelRef,
+        tier: str = "device",
+        *,
+        pin: bool = False,
+        evict: bool = True,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Bring a model into memory if it is not there yet.
 
         Args:
@@ -112,17 +120,19 @@ class Engine:
             tier: ``device`` or ``host``.
             pin: keep it there.
             evict: others may be evicted for it; else it is left out where there is no room.
+            cancelled: asked while it waits or loads, and whenever ``wake`` is called.
 
         Raises:
             ApiError: MODEL_BROKEN, OUT_OF_MEMORY.
+            Cancelled: ``cancelled`` said so.
         """
         if tier == "host":
-            self._load_host(ref, pin)
+            self._load_host(ref, pin, cancelled)
             pin = False  # it is
         elif not evict:
-            self._load_if_room(ref)
+            self._load_if_room(ref, cancelled)
         else:
-            with self.attempts.company.together(), self.line.lease(ref, lambda: False):
+            with self.attempts.company.together(cancelled), self.line.lease(ref, cancelled):
                 self.cache.keep(ref)
                 if pin:
                     self.cache.pin(ref, "device")
@@ -131,9 +141,9 @@ class Engine:
         if pin:
             self.cache.pin(ref, tier)
 
-    def _load_host(self, ref: ModelRef, pin: bool) -> None:
+    def _load_host(self, ref: ModelRef, pin: bool, cancelled: Callable[[], bool]) -> None:
         try:
-            if self.cache.load_host(ref, pin=pin):
+            if self.cache.load_host(ref, pin=pin, cancelled=cancelled):
                 return
         except MemoryError as fault:
             raise out_of_memory(fault) from fault
@@ -144,9 +154,9 @@ class Engine:
         )
         raise ApiError("OUT_OF_MEMORY", message, field="callInputs.MODEL_ID", requested=ref.model_id)
 
-    def _load_if_room(self, ref: ModelRef) -> None:
+    def _load_if_room(self, ref: ModelRef, cancelled: Callable[[], bool]) -> None:
         reservation = self.cache.reserve(ref, self.cache.parts(ref), evict=False)
-        if reservation and self.cache.complete(reservation):
+        if reservation and self.cache.complete(reservation, cancelled):
             self.cache.release(ref)
         self.cache.give_back()
 

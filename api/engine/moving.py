@@ -86,6 +86,8 @@ class Mover:
         """
         if reservation.begun is None:
             return True
+        if cancelled():
+            raise Cancelled
         for spec in reservation.specs:
             if spec.key in reservation.onto:
                 self._loader.vacate(spec, reservation.onto[spec.key])

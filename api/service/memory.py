@@ -112,14 +112,16 @@ async def unload(service: Service, body: dict[str, Any]) -> list[Held]:
         same = model.folder == folder and revision in ("", model.revision)
         return (named or same) and precision in ("", model.precision)
 
-    forgotten = [worker.forget(means) for worker in workers]
+    forgotten = [worker.forget(means, tier) for worker in workers]
     if found is None and not held(workers, means) and not any(forgotten):
         raise fault
+    # also what is only on its way there
+    named = {service.model_ref(found, ref).key} if found else set[str]()
     asked = [
         worker.ask(Unload(key, secrets.token_hex(8), tier))
-        for worker in workers
-        for key, model in worker.models.items()
-        if means(model.ref)
+        for worker, coming in zip(workers, forgotten, strict=True)
+        if worker.ready
+        for key in {key for key, model in worker.models.items() if means(model.ref)} | coming | named
     ]
     async with _patience(service, "The worker does not answer; watch GET /models."):
         _check(await asyncio.gather(*asked))

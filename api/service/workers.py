@@ -112,6 +112,8 @@ class Worker:
         self.memory: Memory | None = None
         self.staged: list[ModelRef] = []
         self._lost: dict[str, _Lost] = {}
+        self._leaving: dict[str, str] = {}
+        """Models that were unloaded before it was ready, and where they stay."""
         self._asked: dict[str, asyncio.Future[Answer]] = {}
         self._workers = workers
         self.ready = False
@@ -196,12 +198,24 @@ class Worker:
         finally:
             del self._asked[message.id]
 
-    def forget(self, means: Callable[[ModelRef], bool]) -> bool:
-        """Not bring back a model that was lost when the last incarnation died; whether there was one."""
-        keys = [key for key, lost in self._lost.items() if means(lost.held.ref)]
+    def forget(self, means: Callable[[ModelRef], bool], to: str) -> set[str]:
+        """Not bring back a model that was lost when the last incarnation died.
+
+        Args:
+            means: whether it is that model.
+            to: where it stays; see ``Unload``.
+
+        Returns:
+            The keys of those that it was asked to bring back, and may be about to: they are to be unloaded.
+        """
+        keys = {key for key, lost in self._lost.items() if means(lost.held.ref)}
         for key in keys:
             del self._lost[key]
-        return bool(keys)
+        if self.ready:
+            return keys
+        # it loads those that every incarnation loads, and hears of nothing else until it is ready
+        self._leaving |= {load.model.key: to for load in self._warm if means(load.model)}
+        return keys
 
     def _answer_all(self, code: str, message: str) -> None:
         for id, asked in self._asked.items():
@@ -350,6 +364,9 @@ class Worker:
                 (message.ready_ms - message.torch_ms) / 1000,
             )
             self._heard(0.0)
+            for key, to in self._leaving.items():
+                self.send(Unload(key, "", to))
+            self._leaving.clear()
             self._restore()
             self._on_state(self)
         elif isinstance(message, Loaded):

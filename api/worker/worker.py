@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,14 @@ def _at_once(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
+@dataclass(eq=False)
+class _Loading:
+    """A model that is to be loaded, or is being so; ``gone`` is where an ``Unload`` that came meanwhile sent it."""
+
+    message: Load
+    gone: str = ""
+
+
 class Worker:
     """Takes messages, runs the engine, has images encoded beside it.
 
@@ -89,6 +98,8 @@ class Worker:
         self._jobs = ThreadPoolExecutor(slots, thread_name_prefix="job")
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
         self._loads = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._loading: list[_Loading] = []
+        self._overtaking = threading.Lock()
         self._reporting = threading.Lock()
         self._reported = -1
 
@@ -101,11 +112,9 @@ class Worker:
         while True:
             message = self._link.inbox.get()
             if isinstance(message, Load):
-                self._loads.submit(self.warm, message)
+                self._load(message)
             elif isinstance(message, Unload):
-                self._engine.cache.unload(message.key, message.to)
-                self._report()
-                self._link.send(Answer(message.id))
+                self._unload(message)
             elif isinstance(message, Plan):
                 self._encoders.submit(self._plan, message)
             elif isinstance(message, Stage):
@@ -137,12 +146,49 @@ class Worker:
             self._reported = cache.tiers.version
             self._link.send(Loaded(cache.held(), cache.memory()))
 
+    def _load(self, message: Load) -> None:
+        loading = _Loading(message)
+        with self._overtaking:
+            self._loading.append(loading)
+        self._loads.submit(self._finish, loading)
+
+    def _unload(self, message: Unload) -> None:
+        """Send a model away, and have nothing bring it back that was asked for before."""
+        with self._overtaking:
+            for loading in self._loading:
+                if loading.message.model.key == message.key and loading.message.tier != message.to:
+                    loading.gone = message.to
+        self._engine.wake()
+        self._engine.cache.unload(message.key, message.to)
+        self._report()
+        self._link.send(Answer(message.id))
+
+    def _finish(self, loading: _Loading) -> None:
+        message = loading.message
+        answer = self._loaded(message, lambda: bool(loading.gone))
+        with self._overtaking:
+            self._loading.remove(loading)
+        if loading.gone:  # also what was there before it heard of that
+            self._engine.cache.unload(message.model.key, loading.gone)
+            answer = Answer(message.id, "CANCELLED", f"{message.model.model_id} was unloaded while it was loaded.")
+        self._report()
+        if message.id:
+            self._link.send(answer)
+
     def warm(self, message: Load) -> None:
-        """Load a model ahead of any request; a fault is logged, and told again to who asks for it."""
+        """Load a model before there are requests; a fault is logged, and told again to who asks for it."""
+        self._loaded(message, lambda: False)
+        self._report()
+
+    def _loaded(self, message: Load, cancelled: Callable[[], bool]) -> Answer:
         answer = Answer(message.id)
         try:
             with self._pulse.working():
-                self._engine.load(message.model, message.tier, pin=message.pin, evict=message.evict)
+                self._engine.load(
+                    message.model, message.tier, pin=message.pin, evict=message.evict, cancelled=cancelled
+                )
+        except Cancelled:
+            pass  # whoever said so tells it
         except ApiError as error:
             _end_if_lost(error)
             log.log(logging.ERROR if message.evict else logging.INFO, "%s: %s", error.code, error.message)
@@ -152,9 +198,7 @@ class Worker:
             log.exception("%s cannot be loaded", message.model.model_id)
             what = f"{message.model.model_id} cannot be loaded ({type(fault).__name__}); the server's log says more."
             answer = Answer(message.id, "INTERNAL_ERROR", what)
-        self._report()
-        if message.id:
-            self._link.send(answer)
+        return answer
 
     def _plan(self, message: Plan) -> None:
         try:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from api.engine.budgets import Budgets
+from api.engine.device import Device
 from api.engine.executor import Executor
-from api.engine.generate import Generated, _is_of_inputs
+from api.engine.generate import Engine, Generated, _is_of_inputs
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef
-from api.schema.messages import Computed, Done, Due, Failed, FromWorker, Held, Load, Memory
+from api.schema.messages import Answer, Computed, Done, Due, Failed, FromWorker, Held, Load, Memory, Unload
 from api.worker.worker import Worker
+from tests.unit.test_cache import FakeLoader
+from tests.unit.test_cache import ref as a_ref
 
 REF = ModelRef("m", "r", "fp32", "/m")
 
@@ -66,7 +71,7 @@ class FakeEngine:
         side = request.inputs["side"]
         return Generated(np.zeros((1, side, side, 3), np.uint8), {}, {}, None)
 
-    def load(self, ref: ModelRef, tier: str, *, pin: bool, evict: bool) -> None:
+    def load(self, ref: ModelRef, tier: str, **_: Any) -> None:
         self.loading()
 
     def held(self) -> dict[str, Held]:
@@ -177,3 +182,56 @@ def test_a_worker_whose_device_is_lost_ends_wherever_that_is_seen(
 def test_rare_inputs_are_not_blamed_for_a_lost_device(fault: Exception) -> None:
     assert not _is_of_inputs(fault, {"clip_skip": 1})
     assert _is_of_inputs(RuntimeError("shapes"), {"clip_skip": 1})
+
+
+class Loading:
+    """A worker over a real engine, and the answers that it gave, by id."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("os._exit", lambda status: None)
+        self.link, self.loader = FakeLink(), FakeLoader()
+        self.engine = Engine(Device("cpu"), Budgets(100, 100, shared=True), self.loader)
+        self.worker = Worker(self.link, self.engine, 2, 1)  # type: ignore[arg-type]
+
+    def answer(self, id: str) -> str:
+        until(lambda: any(answer.id == id for answer in self.link.of(Answer)))
+        return next(answer.code for answer in self.link.of(Answer) if answer.id == id)
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loading]:
+    it = Loading(monkeypatch)
+    yield it
+    it.engine.close()
+
+
+@pytest.mark.parametrize(("tier", "evict"), [("device", True), ("device", False), ("host", True)])
+@pytest.mark.parametrize("part", ["unet-a", "vae"])
+def test_an_unload_overtakes_the_loads_that_were_asked_for_before(
+    loading: Loading, tier: str, evict: bool, part: str
+) -> None:
+    """What is being loaded, and what waits for that; not what is asked for later."""
+    gate = loading.loader.gates[part] = threading.Event()
+    for model in "ab":
+        loading.worker._load(Load(a_ref(model), f"load {model}", tier, True, evict))
+    until(lambda: loading.loader.reads[part])
+    for model in "ab":
+        loading.worker._unload(Unload(a_ref(model).key, f"unload {model}"))
+        assert loading.answer(f"unload {model}") == ""
+    gate.set()
+    assert [loading.answer(f"load {model}") for model in "ab"] == ["CANCELLED"] * 2
+    until(lambda: not loading.engine.cache.held())
+    assert not loading.loader.reads["unet-b"]
+    loading.worker._load(Load(a_ref("a"), "again", tier, True, evict))
+    assert loading.answer("again") == ""
+    (held,) = loading.engine.cache.held().values()
+    assert (held.tier, held.pin) == (tier, tier)
+
+
+def test_who_is_sent_to_the_hosts_memory_may_be_on_its_way_there(loading: Loading) -> None:
+    gate = loading.loader.gates["vae"] = threading.Event()
+    loading.worker._load(Load(a_ref("a"), "load", "host", True))
+    until(lambda: loading.loader.reads["vae"])
+    loading.worker._unload(Unload(a_ref("a").key, "unload", "host"))
+    gate.set()
+    assert loading.answer("load") == ""

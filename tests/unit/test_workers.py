@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from api.errors import ApiError
 from api.schema.generation import ModelRef
-from api.schema.messages import Answer, Held, Load, Loaded, Memory, Ready, parse_to_worker
-from api.service import workers
+from api.schema.messages import Answer, Held, Load, Loaded, Memory, Ready, Unload, parse_to_worker
+from api.service import memory, workers
 from api.service.workers import Worker
 
 
@@ -53,8 +55,13 @@ class Restored:
         """It is ready; what it is asked to bring back: model, tier, pinned."""
         self.sent.clear()
         self.worker._receive(Ready("cpu", "", {}, 0, 0, 1))
-        assert all(isinstance(message, Load) for message in self.sent)
-        return [(message.model.model_id, message.tier, message.pin) for message in self.sent]
+        assert all(isinstance(message, Load | Unload) for message in self.sent)
+        loads = [message for message in self.sent if isinstance(message, Load)]
+        return [(message.model.model_id, message.tier, message.pin) for message in loads]
+
+    @property
+    def unloads(self) -> list[tuple[str, str]]:
+        return [(message.key, message.to) for message in self.sent if isinstance(message, Unload)]
 
     def answers(self, model: str, code: str = "") -> None:
         self.worker._receive(Answer(next(m.id for m in self.sent if m.model.model_id == model), code))
@@ -110,9 +117,44 @@ async def test_a_pin_that_no_longer_fits_is_told(caplog: pytest.LogCaptureFixtur
 
 async def test_what_is_unloaded_while_no_worker_lives_does_not_come_back() -> None:
     it = Restored()
+    it.worker.warm(Load(ref_of("w")))
     it.dies()
-    assert it.worker.forget(lambda ref: ref.model_id == "a")
+    assert it.worker.forget(lambda ref: ref.model_id == "a", "disk") == {ref_of("a").key}
+    assert it.worker.forget(lambda ref: ref.model_id == "w", "host") == set()
     assert [model for model, *_ in it.starts()] == ["b", "c"]
+    assert it.unloads == [(ref_of("w").key, "host")]  # its loading cannot be kept from beginning
+    it.dies()
+    it.starts()
+    assert it.unloads == []
+
+
+@pytest.mark.parametrize("installed", [True, False])
+async def test_what_is_being_brought_back_is_unloaded(installed: bool) -> None:
+    """It is not in memory yet, so the worker has not told of it; nor of one that a client has it load."""
+    it = Restored()
+    it.dies()
+    it.starts()
+    there = SimpleNamespace(folder=ref_of("a").folder) if installed else None
+    service = SimpleNamespace(
+        dispatcher=SimpleNamespace(workers=[it.worker]),
+        library=SimpleNamespace(find=lambda ref: there),
+        settings=SimpleNamespace(request_timeout=20),
+        source_ref=lambda options: SimpleNamespace(model_id=options["MODEL_ID"], revision=""),
+        model_ref=lambda model, ref: ref_of(ref.model_id),
+    )
+    for again in (False, True):
+        it.sent.clear()
+        if again and not installed:
+            with pytest.raises(ApiError, match="nothing of it is in memory"):
+                await memory.unload(service, {"MODEL_ID": "a"})
+            return
+        unloading = asyncio.create_task(memory.unload(service, {"MODEL_ID": "a"}))
+        await until(lambda: it.sent)
+        assert it.unloads == [(ref_of("a").key, "disk")]
+        it.worker._receive(Answer(it.sent[0].id))
+        assert await unloading == []
+        it.worker._receive(Answer(ref_of("a").key, "CANCELLED"))
+        assert [model.model_id for model in it.worker.pinned] == ["b"]
 
 
 async def test_who_waits_for_an_answer_is_told_that_the_server_shuts_down() -> None:
