@@ -114,3 +114,12 @@ class ApiError(Exception):
             "available": self.available,
         }
         return {key: value for key, value in parts.items() if value is not None}
+
+
+def nothing_to_offload(asked: str) -> ApiError:
+    """Of OFFLOAD where weights are computed with where they lie."""
+    message = (
+        f"OFFLOAD {asked} saves no memory on a CPU, where weights are computed with where they lie. Leave it out; a "
+        "model larger than the memory needs more of it."
+    )
+    return ApiError("NOT_SUPPORTED", message, field="callInputs.OFFLOAD", requested=asked, available=["auto", "none"])

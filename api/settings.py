@@ -229,8 +229,9 @@ class Settings:
     offload: str = _variable(
         "OFFLOAD",
         "auto",
-        _one_of("auto", "none"),
-        "auto: images that do not fit are decoded in slices, then tiles; none: they are a 507",
+        _one_of("auto", "none", "model", "sequential"),
+        "auto: what does not fit is decoded in slices, then tiles, then weights stay in RAM; none: it is a 507; model, "
+        "sequential: weights stay in RAM from the start, one part or block at a time on the GPU",
     )
     max_queue: int = _variable("MAX_QUEUE", "100", _whole(1, 100_000), "requests that may wait; the next one is a 429")
     max_concurrency: int = _variable(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,10 +23,11 @@ from api.engine.device import Device, shortage
 from api.engine.line import Line
 from api.engine.loader import LoadedModel
 from api.engine.moving import Reservation
-from api.engine.placement import Ladder, size_of
+from api.engine.offload import held_as
+from api.engine.placement import Foresees, Ladder, about, build_of, size_of, weights_of
 from api.engine.preview import OnPreview
 from api.errors import ApiError
-from api.schema.generation import GenerationRequest
+from api.schema.generation import GenerationRequest, ModelRef
 
 log = logging.getLogger("api.engine")
 
@@ -49,6 +50,10 @@ class _Short(NamedTuple):
 
     short_at: str
     text: str
+
+
+class _Unloadable(Exception):
+    """A model cannot be loaded for want of the device's memory."""
 
 
 @dataclass
@@ -75,6 +80,9 @@ class Attempts:
         line: gives them out.
         device: asked what it has.
         run_once: runs a request for a job of the executor, with a model under a placement.
+        strict: the device's budget was set by whoever runs the container: a model larger than it is offloaded, and not
+            tried as it is when nothing else is there.
+        foresees: see ``Ladder``.
 
     Attributes:
         company: who shares the device's memory.
@@ -87,12 +95,17 @@ class Attempts:
         line: Line,
         device: Device,
         run_once: Callable[[LoadedModel, Job, Ticket, str], Ran],
+        strict: bool = False,
+        foresees: Foresees = lambda *_: False,
     ) -> None:
         self._cache = cache
         self._line = line
         self._device = device
         self._run_once = run_once
-        self.ladder = Ladder()
+        self._strict = strict
+        self._unloadable: dict[tuple[str, str], None] = {}
+        """Models and ways to hold them that memory did not suffice for."""
+        self.ladder = Ladder(not device.shares_host, foresees)
         self.company = Company()
 
     def run(self, job: Job, timings: dict[str, int]) -> Ran:
@@ -113,8 +126,37 @@ class Attempts:
                 done = self._run_alone(job, timings, again=visit.had_company)
         return done
 
+    def ways(self, request: GenerationRequest) -> list[str]:
+        """The ways to hold the weights that a request may be run with, the one that takes most memory first.
+
+        They depend on the request and on what the container may use, not on what is in memory; pins count as its
+        settings.
+
+        Raises:
+            ApiError: NOT_SUPPORTED; MODEL_BROKEN; OUT_OF_MEMORY: the model fits in none of those that it allows.
+        """
+        return self.ways_of(request.model, self.ladder.wanted(request))
+
+    def ways_of(self, ref: ModelRef, wanted: list[str]) -> list[str]:
+        """Of some ways to hold a model's weights, those that there may be room for; see ``ways``."""
+        if len(wanted) == 1:
+            return wanted
+        found, faults = list[str](), list[ApiError]()
+        for way in wanted:
+            try:
+                self._cache.check_possible(held_as(ref, way), within_limit=self._strict)
+                found.append(way)
+            except ApiError as error:
+                if error.code != "OUT_OF_MEMORY":
+                    raise
+                faults.append(error)
+        found = [way for way in found if (ref.key, way) not in self._unloadable] or found[-1:]
+        if not found:
+            raise _in_no_way(wanted, faults)
+        return found
+
     @contextlib.contextmanager
-    def _leased(self, job: Job, timings: dict[str, int]) -> Iterator[LoadedModel]:
+    def _leased(self, job: Job, timings: dict[str, int], way: str) -> Iterator[LoadedModel]:
         """Hold the job's model; how long that and the rest took is added up, its phases are told once."""
         loading: list[tuple[Mapping[str, float], float]] = []
         first = not job.began
@@ -124,7 +166,8 @@ class Attempts:
                 job.on_phase("loadModel", "start")
             loading.append((reservation.seconds, time.perf_counter()))  # not what it holds
 
-        with self._line.lease(job.request.model, job.cancelled, job.deadline, job.overdue, on_load) as model:
+        ref = held_as(job.request.model, way)
+        with self._line.lease(ref, job.cancelled, job.deadline, job.overdue, on_load) as model:
             if loading and first:
                 timings["loadModel"] = _ms(loading[0][1])
                 timings |= {name: round(took * 1000) for name, took in loading[-1][0].items()}
@@ -137,8 +180,26 @@ class Attempts:
 
     def _run_in_company(self, job: Job, timings: dict[str, int]) -> Ran | None:
         """Run beside other jobs; None where memory did not suffice, even when what is not in use had left it."""
-        with self._leased(job, timings) as model:
-            placement = self.ladder.start(model, job.request)
+        ways = self.ways(job.request)
+        way = self.ladder.way(job.request, ways)
+        while True:
+            done = self._run_as(job, timings, ways, way)
+            if not isinstance(done, str):
+                return done
+            way = done
+
+    def _run_as(self, job: Job, timings: dict[str, int], ways: list[str], way: str) -> Ran | str | None:
+        """The same with the weights held in one way; or the way to hold them, where that is another."""
+        with contextlib.ExitStack() as held:
+            try:
+                model = held.enter_context(self._leased(job, timings, way))
+            except ApiError as error:
+                if len(ways) == 1 or not _is_short(error):
+                    raise
+                return None
+            placement = self.ladder.start(model, job.request, ways)
+            if weights_of(placement) != way:
+                return weights_of(placement)
             done = self._try(model, job, placement)
             if isinstance(done, _Short) and self._cache.clear_idle():
                 log.warning("out of memory: idle models are evicted and the request is tried once more")
@@ -156,23 +217,60 @@ class Attempts:
         Raises:
             ApiError: OUT_OF_MEMORY.
         """
-        with self._leased(job, timings) as model:
-            again = self._cache.clear_idle() or again
-            log.warning("out of memory: the request is run alone")
-            placement: str | None = self.ladder.start(model, job.request)
+        log.warning("out of memory: the request is run alone")
+        placement: str | None = None
+        ways = self.ways(job.request)
+        way = self.ladder.way(job.request, ways)
+        while True:
+            try:
+                done = self._run_down(job, timings, ways, way, placement, again)
+            except _Unloadable:
+                below = ways[ways.index(way) + 1 :]
+                log.warning("%s does not load as %s: %s from now on", job.request.model.model_id, way, below[0])
+                self._unloadable[job.request.model.key, way] = None
+                ways, way, placement = below, below[0], None
+                continue
+            if isinstance(done, Ran):
+                return done
+            placement, way, again = done, weights_of(done), True
+            self._cache.clear_idle()
+
+    def _run_down(
+        self, job: Job, timings: dict[str, int], ways: list[str], way: str, placement: str | None, again: bool
+    ) -> Ran | str:
+        """Run down those rungs of the ladder that hold the weights in one way.
+
+        Returns:
+            What it made, or the placement that may suffice, which holds them in another one.
+
+        Raises:
+            _Unloadable: there is no memory for the model as that, and there are other ways.
+            ApiError: OUT_OF_MEMORY.
+        """
+        with contextlib.ExitStack() as held:
+            try:
+                model = held.enter_context(self._leased(job, timings, way))
+            except ApiError as error:
+                if way == ways[-1] or not _is_short(error):
+                    raise
+                raise _Unloadable from None
+            placement = placement or self.ladder.start(model, job.request, ways)
+            again = self._cache.clear_idle() or again or job.tried[-1:] != [placement]
             done: Ran | _Short = job.short
-            while placement:
+            while placement and weights_of(placement) == way:
                 if again:
                     done = self._try(model, job, placement)
                 if isinstance(done, Ran):
                     return done
-                placement, again = self.ladder.lower(model, job.request, placement, done.short_at), True
-        self.ladder.note(model, job.request, fitted=False)
-        raise self._out_of_memory(model, job)
+                placement, again = self.ladder.lower(model, job.request, placement, done.short_at, ways), True
+            if placement:
+                return placement
+            self.ladder.note(model, job.request, fitted=False)
+            raise self._out_of_memory(model, job)
 
     def _try(self, model: LoadedModel, job: Job, placement: str) -> Ran | _Short:
         """Run; where memory does not suffice, what is known of that, and nothing of what the job had allocated."""
-        ticket = Ticket(job.cancelled)
+        ticket = Ticket(job.cancelled, about(build_of(model), job.request, placement))
         job.tried.append(placement)
         try:
             done = self._run_once(model, job, ticket, placement)
@@ -208,6 +306,16 @@ class Attempts:
             "placements": list(dict.fromkeys(job.tried)),
         }
         return ApiError("OUT_OF_MEMORY", message, requested=size or None, available=numbers)
+
+
+def _is_short(error: ApiError) -> bool:
+    """Whether a model could not be loaded for want of the device's memory."""
+    return error.code == "OUT_OF_MEMORY" and isinstance(error.__cause__, torch.OutOfMemoryError)
+
+
+def _in_no_way(ways: Sequence[str], faults: Sequence[ApiError]) -> ApiError:
+    said = "; ".join(f"as {way}: {fault.message}" for way, fault in zip(ways, faults, strict=True))
+    return ApiError("OUT_OF_MEMORY", f"It fits in no way. {said}", field=faults[0].field, requested=faults[0].requested)
 
 
 def _ms(began: float) -> int:

@@ -72,6 +72,8 @@ class Part:
         owner: whose copy to the device is on its way.
         used: when a model with it was last used.
         models: those it belongs to.
+        offloaded: models that need it in the host's memory, and bring it from there for each of their calls.
+        promise: who has its bytes in the host's memory reserved, and will read it unless another does.
     """
 
     key: str
@@ -83,6 +85,8 @@ class Part:
     owner: Begun | None = None
     used: float = 0.0
     models: set[str] = field(default_factory=set)
+    offloaded: set[str] = field(default_factory=set)
+    promise: Begun | None = None
 
 
 @dataclass(eq=False)
@@ -90,12 +94,17 @@ class Model:
     """A model's entry in the books.
 
     Attributes:
+        parts: on the device where it is there; of an offloaded model the room that its parts take turns at.
+        in_host: parts of an offloaded model, which stay in the host's memory as long as it is leased.
+        full: of an offloaded model: what it is called where it is held as it is.
         leases: of running jobs, and of those that load it.
         pin: the tier that it is not evicted from, ``device`` or ``host``.
         leaving: where it goes when its last lease ends, or what is being read of it is there: ``host`` or ``disk``.
     """
 
     parts: tuple[str, ...]
+    in_host: tuple[str, ...] = ()
+    full: str | None = None
     leases: int = 0
     pin: str | None = None
     used: float = 0.0
@@ -133,20 +142,35 @@ class Books:
         return total(part for part in self.parts.values() if part.host is not State.ABSENT)
 
     def of(self, model: str) -> list[Part]:
-        """The parts of a model."""
+        """What a model has on the device where it runs."""
         return [self.parts[key] for key in self.models[model].parts]
 
+    def offloaded(self, model: str) -> list[Part]:
+        """What an offloaded model has in the host's memory where it runs."""
+        return [self.parts[key] for key in self.models[model].in_host]
+
+    def weights(self, model: str) -> list[Part]:
+        """What is read from the disk for a model."""
+        return self.offloaded(model) or self.of(model)
+
     def is_resident(self, model: str) -> bool:
-        """Whether all of a model is on the device."""
-        return all(part.device is State.HELD for part in self.of(model))
+        """Whether a model can run: all of it is on the device, or where an offloaded one has it."""
+        on_device = all(part.device is State.HELD for part in self.of(model))
+        return on_device and all(part.host is State.HELD for part in self.offloaded(model))
 
     def is_warm(self, model: str) -> bool:
         """Whether nothing of a model would have to be read."""
+        if self.models[model].in_host:
+            return all(part.host is State.HELD for part in self.offloaded(model))
         return all(State.HELD in (part.host, part.device) for part in self.of(model))
 
     def is_leased(self, part: Part) -> bool:
         """Whether somebody has a model with this part, or loads one."""
         return any(self.models[model].leases for model in part.models)
+
+    def is_used_in_host(self, part: Part) -> bool:
+        """Whether somebody has an offloaded model with this part, or loads one."""
+        return any(self.models[model].leases for model in part.offloaded)
 
     def is_pinned(self, part: Part, tier: str | None = None) -> bool:
         """Whether a model with this part is pinned, to this tier or to any."""
@@ -179,9 +203,12 @@ class Begun:
             device they no longer stand in the way of the others.
         onto: for some of them, a part of the same architecture whose place on the device they take over.
         moves: what left.
+        read: parts that its caller has to bring into the host's memory, where they have their room; of an offloaded
+            model.
     """
 
     model: str
     copy: tuple[str, ...]
     onto: Mapping[str, str]
     moves: Moves
+    read: tuple[str, ...] = ()

@@ -43,12 +43,14 @@ class Budgets:
         host: in the host's memory.
         shared: the device computes in the host's memory.
         capacity: that the device has at all.
+        strict: ``device`` was set, and not only measured.
     """
 
     device: int
     host: int
     shared: bool
     capacity: int | None = None
+    strict: bool = False
 
 
 Limit = int | float | None
@@ -70,7 +72,7 @@ def budgets(vram_limit: Limit, ram_limit: Limit, gpu: Memory | None, host: Memor
         vram = min(ram, _limit("VRAM_LIMIT", vram_limit, host, ram))
         return Budgets(vram, ram, shared=True, capacity=host.total)
     vram = _limit("VRAM_LIMIT", vram_limit, gpu, int(gpu.free * _DEVICE_SHARE))
-    return Budgets(vram, ram, shared=False, capacity=gpu.total)
+    return Budgets(vram, ram, shared=False, capacity=gpu.total, strict=vram_limit is not None)
 
 
 def _limit(name: str, wanted: Limit, memory: Memory, default: int) -> int:

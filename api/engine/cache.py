@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
-
-from api.engine.books import Begun, Moves, NeverFits, State
+from api.engine.books import Begun, Moves, NeverFits, State, total
 from api.engine.calls import Cancelled
 from api.engine.host import TICK, HostParts, never_fits
 from api.engine.known import Known
 from api.engine.moving import Mover, Reservation
+from api.engine.offload import Offloaded
 from api.engine.parts import Loader, PartSpec, Run
 from api.engine.tiers import Tiers
 from api.schema.generation import ModelRef
@@ -47,7 +46,8 @@ class ModelCache:
         self._known = Known(tiers, loader)
         self._host = HostParts(tiers, self._known, loader, exclusively, self._forget)
         self._mover = Mover(tiers, self._host, loader, on_device, exclusively, self._arrived)
-        self._modules: dict[str, nn.Module] = {}
+        self._modules: dict[str, Any] = {}
+        """By key of the part; of an offloaded model by its own key, a dictionary of them."""
         self._models: dict[str, Any] = {}
         """Assembled."""
         self._owed = False
@@ -195,7 +195,8 @@ class ModelCache:
 
         def is_left_out(spec: PartSpec) -> bool:
             part = self.tiers.part(spec.key)
-            return (part is not None and part.device is State.HELD) or (spec.by_library and not by_library)
+            there = part is not None and part.device is State.HELD and not isinstance(ref, Offloaded)
+            return there or (spec.by_library and not by_library)
 
         wanted = (spec for spec in specs if not is_left_out(spec))
         return self._bring_to_host(ref, specs, wanted, ahead_of) and self.tiers.warm(ref.key)
@@ -255,8 +256,10 @@ class ModelCache:
     def unload(self, key: str, to: str = "disk") -> None:
         """Have a model leave the device, and with ``to="disk"`` the host's memory; once its jobs are done."""
         with self.tiers.lock:
-            if self._forget(self.tiers.drop(key, to)).host:
-                self._unloaded = True
+            ways = [each for each, ref in self.refs().items() if isinstance(ref, Offloaded) and ref.full == key]
+            for each in (*ways, key):
+                if self._forget(self.tiers.drop(each, to)).host:
+                    self._unloaded = True
         self.give_back()
 
     def clear_idle(self) -> bool:
@@ -277,12 +280,16 @@ class ModelCache:
         """Every model of which something is in memory, by key, least recently used first."""
         to_unix = time.time() - time.monotonic()
         with self.tiers.lock:
-            refs, found = self.refs(), {}
+            refs, found = self.refs(), dict[str, Held]()
             for key, model in self.tiers.models().items():
                 device, host = self.tiers.model_bytes(key)
                 tier = "device" if self.tiers.resident(key) else "host" if self.tiers.warm(key) else "disk"
                 used = to_unix + model.used
-                found[key] = Held(refs[key], tier, device, host, model.leases, model.pin or "", used)
+                ref = refs[key]
+                if isinstance(ref, Offloaded):
+                    ref, tier = ref.plain, "host" if self.tiers.warm(key) else "disk"
+                one = Held(ref, tier, device, host, model.leases, model.pin or "", used)
+                found[ref.key] = _together(found.pop(ref.key), one) if ref.key in found else one
             return found
 
     def memory(self) -> Memory:
@@ -303,15 +310,42 @@ class ModelCache:
             ApiError: MODEL_BROKEN; OUT_OF_MEMORY: it never fits.
         """
         specs = {spec.key: spec for spec in self.parts(ref)}.values()
+        offloaded = isinstance(ref, Offloaded)  # it is copied for every request, from the host's memory
+        self.check_possible(ref)
         with self.tiers.lock:
-            try:
-                self.tiers.check_possible(list(specs))
-            except NeverFits as fault:
-                raise never_fits(ref, fault) from fault
             known = [(spec.bytes, self.tiers.part(spec.key)) for spec in specs]
-            copy = sum(size for size, part in known if part is None or part.device is not State.HELD)
-            read = sum(size for size, part in known if part is None or State.HELD not in (part.host, part.device))
+            there = [(size, part.host if part else None, part.device if part else None) for size, part in known]
+            copy = sum(size for size, _, device in there if offloaded or device is not State.HELD)
+            read = sum(
+                size for size, host, device in there if State.HELD not in ((host,) if offloaded else (host, device))
+            )
         return "disk" if read else "host" if copy else "device", sum(size for size, _ in known), read, copy
+
+    def device_bytes(self, ref: ModelRef) -> int:
+        """What a model takes on the device where it runs.
+
+        Raises:
+            ApiError: MODEL_BROKEN.
+        """
+        return total(self._known.pieces(ref, self.parts(ref))[0])
+
+    def check_possible(self, ref: ModelRef, *, within_limit: bool = False) -> None:
+        """Whether there would be room for a model if all leases ended.
+
+        Args:
+            ref: which model.
+            within_limit: in the device's budget, also where nothing else is there.
+
+        Raises:
+            ApiError: MODEL_BROKEN; OUT_OF_MEMORY: there would not.
+        """
+        on_device, in_host = self._known.pieces(ref, self.parts(ref))
+        try:
+            self.tiers.check_possible(on_device, in_host)
+            if within_limit and (needed := total(on_device)) > self.tiers.device_limit:
+                raise NeverFits(needed, self.tiers.device_limit, 0, "device")
+        except NeverFits as fault:
+            raise never_fits(ref, fault) from fault
 
     # --- moving ---
 
@@ -340,10 +374,10 @@ class ModelCache:
             return False
         return all(self._host.bring(ref, specs, spec, {*ahead_of, ref.key}) for spec in wanted)
 
-    def _arrived(self, spec: PartSpec, module: nn.Module) -> None:
+    def _arrived(self, key: str, module: Any) -> None:
         with self.tiers.lock:
-            self._modules[spec.key] = module
-            self.tiers.placed(spec.key)
+            self._modules[key] = module
+            self.tiers.placed(key)
 
     def _assembled(self, reservation: Reservation, cancelled: Callable[[], bool]) -> Any:
         ref, specs = reservation.ref, reservation.specs
@@ -351,7 +385,8 @@ class ModelCache:
             with self.tiers.lock:
                 if ref.key in self._models:
                     return self._models[ref.key]
-                modules = {spec.name: self._modules[spec.key] for spec in specs}
+                made = self._modules.get(ref.key)  # an offloaded model's, all at once
+                modules = made or {spec.name: self._modules[spec.key] for spec in specs}
             began = time.perf_counter()
 
             def build() -> Any:
@@ -382,3 +417,11 @@ class ModelCache:
                 del self._models[key]
                 log.info("evicted %s", key)
         return moves
+
+
+def _together(one: Held, other: Held) -> Held:
+    """A model that is held in two ways."""
+    tier = min(one.tier, other.tier, key=("device", "host", "disk").index)
+    leases, used = one.leases + other.leases, max(one.used, other.used)
+    device, host = one.device + other.device, max(one.host, other.host)
+    return Held(one.ref, tier, device, host, leases, one.pin or other.pin, used)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from api.engine.merging import Mergeable, analyse
+from api.engine.peaks import About
 
 
 class Cancelled(Exception):
@@ -19,14 +20,16 @@ class Ticket:
 
     Args:
         cancelled: asked before every call, and while one waits.
+        about: what its calls are for, as far as their memory depends on it.
 
     Attributes:
         attained: seconds of the device that it has had.
         short_at: the method of a module in which memory ended for it; empty: in none.
     """
 
-    def __init__(self, cancelled: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, cancelled: Callable[[], bool] = lambda: False, about: About | None = None) -> None:
         self.cancelled = cancelled
+        self.about = about
         self.attained = 0.0
         self.short_at = ""
         self.parked = False
@@ -67,6 +70,11 @@ class Call:
         self.done = threading.Event()
         self.result: Any = None
         self.error: BaseException | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        return getattr(self.function, "__name__", "")
 
     @property
     def rows(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from api.engine.budgets import Memory
+from api.engine.peaks import CudaMeter, Meter
 from api.engine.stopwatch import CpuStopwatch, CudaStopwatch, Stopwatch
 
 log = logging.getLogger("api.engine")
@@ -41,6 +42,7 @@ class Device:
             name = "cpu"
         self.torch = torch.device(name)
         self.is_cuda = self.torch.type == "cuda"
+        self._meter = CudaMeter(self.torch) if self.is_cuda else None
         self.shares_host = not self.is_cuda
         """Modules on it may use the host's own memory; a test says no, to go the way of a GPU."""
         self._threads = torch.get_num_threads()  # later each thread has its own number
@@ -61,18 +63,23 @@ class Device:
         if not self.is_cuda:
             return None
         free, total = torch.cuda.mem_get_info(self.torch)
-        return Memory(total, free)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(self.torch) * total)
+        return Memory(min(total, allowed), min(free, allowed - torch.cuda.memory_reserved(self.torch)))
 
     def mem_usage(self) -> float:
         """Allocated share of the device's peak, as the old system reports it; 0 on a CPU."""
         if not self.is_cuda:
             return 0
-        peak = torch.cuda.max_memory_allocated(self.torch)
+        peak = self._meter.most if self._meter else 0
         return torch.cuda.memory_allocated(self.torch) / peak if peak else 0
 
     def stopwatch(self) -> Stopwatch:
         """What times its calls."""
         return CudaStopwatch(self.torch) if self.is_cuda else CpuStopwatch()
+
+    def meter(self) -> Meter | None:
+        """What measures the memory that its calls take; None for a CPU, which does not say."""
+        return self._meter
 
     def synchronize(self) -> None:
         """Wait for everything that was queued on the device."""

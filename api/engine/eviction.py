@@ -33,8 +33,8 @@ def for_model(
     Raises:
         NeverFits: not even then.
     """
-    mine = books.of(model)
-    check_possible(books, mine)
+    mine, weights = books.of(model), books.weights(model)
+    check_possible(books, mine, books.offloaded(model))
     off_device, off_host = list[Part](), list[Part]()
     victims = _evictable(books, model, mine, wanted) if evict else iter(())
     short = total(missing) and books.device_bytes + total(missing) - books.device_limit
@@ -43,21 +43,21 @@ def for_model(
         short -= victim.bytes
     if short > 0 and any(p.device is not State.ABSENT for p in _others(books, mine, off_device)):
         return None
-    if not books.shared:
+    if not books.shared and not books.offloaded(model):
         return Leaving(off_device, off_host)
-    to_read = [part for part in missing if part.host is State.ABSENT]
+    to_read = [part for part in books.offloaded(model) or missing if part.host is State.ABSENT]
     short = total(to_read) and books.host_bytes + total(to_read) - books.host_limit
     while short > 0:
         droppable = _droppable(books, off_device, None) if evict else iter(())
-        drop = next((p for p in droppable if p not in off_host and p not in mine), None)
+        drop = next((p for p in droppable if p not in off_host and p not in weights), None)
         if drop:
             off_host.append(drop)
             short -= drop.bytes
-        elif victim := next(victims, None):
+        elif books.shared and (victim := next(victims, None)):
             off_device.append(victim)
         else:
             break
-    if short > 0 and any(p.host is not State.ABSENT for p in _others(books, mine, off_host)):
+    if short > 0 and any(p.host is not State.ABSENT for p in _others(books, weights, off_host)):
         return None
     return Leaving(off_device, off_host)
 
@@ -102,11 +102,19 @@ def of_model(books: Books, model: str, to: str) -> Leaving:
         model: that leaves.
         to: ``host``: the device only; ``disk``: the host's memory as well.
     """
-    off_device = _exclusive(books, model, lambda key: books.models[key].pin == "device" or books.is_resident(key))
+    off_device = _exclusive(
+        books, model, lambda key: books.models[key].pin == "device" or books.is_resident(key), books.of
+    )
     off_device = [part for part in off_device if part.device is State.HELD]
     if to != "disk":
         return Leaving(off_device)
-    off_host = _exclusive(books, model, lambda key: books.models[key].pin is not None or books.is_warm(key))
+    full = books.models[model].full or model  # in whichever way it is held, it is one to who has it dropped
+
+    def needs(key: str) -> bool:
+        other = books.models[key]
+        return other.pin is not None or (full not in (key, other.full) and books.is_warm(key))
+
+    off_host = _exclusive(books, model, needs, books.weights)
     stays = (State.HELD, State.COMING) if books.shared else (State.COMING,)
     off_host = [p for p in off_host if p.host is State.HELD and (p in off_device or p.device not in stays)]
     return Leaving(off_device, off_host)
@@ -118,8 +126,13 @@ def of_idle(books: Books) -> Leaving:
     return Leaving(off_device, list(_droppable(books, off_device, None)) if books.shared else ())
 
 
-def check_possible(books: Books, mine: Collection[Part]) -> None:
+def check_possible(books: Books, mine: Collection[Part], in_host: Collection[Part] = ()) -> None:
     """Whether there would be room for a model of these parts, if all leases ended.
+
+    Args:
+        books: as they are.
+        mine: what it has on the device.
+        in_host: what it has in the host's memory, if it is offloaded.
 
     Raises:
         NeverFits: there would not.
@@ -131,7 +144,9 @@ def check_possible(books: Books, mine: Collection[Part]) -> None:
     pinned = total(p for p in others if p.device is not State.ABSENT and books.is_pinned(p, "device"))
     if pinned and needed + pinned > books.device_limit:
         raise NeverFits(needed, books.device_limit, pinned, "device")
-    pinned = total(part for part in others if part.host is not State.ABSENT)
+    pinned = total(part for part in others if part.host is not State.ABSENT and part not in in_host)
+    if in_host and total(in_host) + pinned > books.host_limit:  # unlike one on the device, it is there all at once
+        raise NeverFits(total(in_host), books.host_limit, pinned, "host")
     if books.shared and pinned and needed + pinned > books.host_limit:
         raise NeverFits(needed, books.host_limit, pinned, "host")
 
@@ -179,13 +194,15 @@ def _droppable(books: Books, off_device: Collection[Part], ahead_of: Collection[
     for part in sorted(books.parts.values(), key=lambda part: part.used):
         if part.host is not State.HELD or part.device is State.COMING or books.is_pinned(part, "host"):
             continue
+        if books.is_used_in_host(part):
+            continue
         leased = books.is_leased(part)
         if part.device is State.HELD and part not in off_device:
             if books.shared or (ahead_of is not None and leased):
                 continue
         elif leased or books.is_pinned(part):
             continue
-        if ahead_of is None or not part.models & set(ahead_of):
+        if ahead_of is None or not (part.models | part.offloaded) & set(ahead_of):
             yield part
 
 
@@ -197,8 +214,8 @@ def _others(books: Books, mine: Collection[Part], gone: Collection[Part]) -> lis
     return [part for part in books.parts.values() if part not in mine and part not in gone]
 
 
-def _exclusive(books: Books, model: str, needs: Callable[[str], bool]) -> list[Part]:
+def _exclusive(books: Books, model: str, needs: Callable[[str], bool], has: Callable[[str], list[Part]]) -> list[Part]:
     """Parts of a model that no other one needs, besides those that are leased."""
     others = [key for key, known in books.models.items() if key != model and (known.leases or needs(key))]
-    taken = {part for key in others for part in books.models[key].parts}
-    return [part for part in books.of(model) if part.key not in taken]
+    taken = {part.key for key in others for part in has(key)}
+    return [part for part in has(model) if part.key not in taken]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from api.engine.calls import Call, Cancelled, Ticket
+from api.engine.peaks import Peaks
 from api.engine.runs import Runs
 from api.engine.stopwatch import CpuStopwatch, Stopwatch
 
@@ -41,9 +42,13 @@ class Executor:
     Args:
         threads: for the computations of a CPU; None: as torch has it.
         stopwatch: of the device; a CPU's without one.
+        peaks: learns how much memory calls take.
     """
 
-    def __init__(self, threads: int | None = None, stopwatch: Stopwatch | None = None) -> None:
+    def __init__(
+        self, threads: int | None = None, stopwatch: Stopwatch | None = None, peaks: Peaks | None = None
+    ) -> None:
+        self._peaks = peaks or Peaks()
         self._threads = threads
         self._stopwatch = stopwatch or CpuStopwatch()
         self._changed = threading.Condition()
@@ -51,7 +56,7 @@ class Executor:
         self._calls: list[Call] = []
         self._alone: list[Call] = []
         self._exclusive = False
-        self._runs = Runs(self._stopwatch)
+        self._runs = Runs(self._stopwatch, self._peaks)
         self._closed = False
         self.calls = 0
         """Module calls that were asked for."""
@@ -245,14 +250,17 @@ class Executor:
         """The batch to run, and how long to wait for others to come first or join it: None to run it at once."""
         first = min(self._calls, key=lambda call: _place(call, now))
         curve = self._runs.curve(first)
-        batch, rows = [first], first.rows
+        batch, rows, limit = [first], first.rows, curve.limit
         if not self._runs.is_single(first):
-            for call in sorted(self._calls, key=lambda call: call.since):
-                if call is not first and call.kind == first.kind and rows + call.rows <= curve.limit:
+            others = [call for call in self._calls if call is not first and call.kind == first.kind]
+            if others:  # what does not fit in memory now is not tried
+                limit = min(limit, self._peaks.rows(first.ticket.about, first.owner, first.name) or limit)
+            for call in sorted(others, key=lambda call: call.since):
+                if rows + call.rows <= limit:
                     batch.append(call)
                     rows += call.rows
         patience = _PATIENCE * curve.seconds(rows)
-        joins = rows < curve.limit and not self._runs.is_single(first)
+        joins = rows < limit and not self._runs.is_single(first)
         until = max((self._back_by(ticket, first, joins, patience) for ticket in self._tickets), default=0.0)
         return batch, until - now if until > now else None
 

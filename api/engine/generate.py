@@ -22,15 +22,17 @@ from api.engine.device import Device, is_fatal
 from api.engine.executor import Executor
 from api.engine.line import Line, out_of_memory
 from api.engine.loader import LoadedModel, PartLoader
+from api.engine.offload import held_as
 from api.engine.parts import Loader
+from api.engine.peaks import Peaks
 from api.engine.pipelines import make_pipeline
-from api.engine.placement import placed
+from api.engine.placement import Build, about, codec_of, placed, weights_of
 from api.engine.preview import OnPreview, Previews
 from api.engine.staging import Stager
 from api.engine.tiers import Tiers
 from api.engine.views import view
 from api.errors import ApiError
-from api.schema.generation import GenerationRequest, ModelRef, Picture
+from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture
 from api.schema.messages import Planned
 
 log = logging.getLogger("api.engine")
@@ -77,13 +79,16 @@ class Engine:
         idle_timeout: float = 0.0,
     ) -> None:
         self.device = device
-        self.executor = Executor(None if device.is_cuda else torch.get_num_threads(), device.stopwatch())
+        found = device.memory()
+        self.peaks = Peaks(device.meter(), found.free if found else None)
+        threads = None if device.is_cuda else torch.get_num_threads()
+        self.executor = Executor(threads, device.stopwatch(), self.peaks)
         limits = limits or budgets(None, None, device.memory(), host_memory())
         tiers = Tiers(limits.device, limits.host, shared=limits.shared, capacity=limits.capacity)
         executor, loader = self.executor, loader or PartLoader(device, limits.host)
         self.cache = ModelCache(tiers, loader, executor.on_device, executor.exclusively, device.release_cache)
         self.line = Line(self.cache, longest_wait)
-        self.attempts = Attempts(self.cache, self.line, device, self._run)
+        self.attempts = Attempts(self.cache, self.line, device, self._run, limits.strict, self._foresees)
         self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
         self.line.on_change = self.stager.poke
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -132,8 +137,11 @@ class Engine:
         elif not evict:
             self._load_if_room(ref, cancelled)
         else:
-            with self.attempts.company.together(cancelled), self.line.lease(ref, cancelled):
-                self.cache.keep(ref)
+            # what is pinned to the device is there as it is
+            ways = self.attempts.ways_of(ref, list(WEIGHTS)) if not (pin or self.device.shares_host) else ["full"]
+            held = held_as(ref, ways[0])
+            with self.attempts.company.together(cancelled), self.line.lease(held, cancelled):
+                self.cache.keep(held)
                 if pin:
                     self.cache.pin(ref, "device")
             self.cache.give_back()
@@ -169,16 +177,18 @@ class Engine:
         Raises:
             ApiError: MODEL_BROKEN.
         """
-        placement, fits = self.attempts.ladder.expected(request)
         cache = self.cache
-        why = "" if fits is not False else "A request like it did not fit in the device's memory."
         try:
-            tier, total, read, copy = cache.missing(request.model)
+            ways = self.attempts.ways(request)
+            placement, fits = self.attempts.ladder.expected(request, ways)
+            held = held_as(request.model, weights_of(placement or ways[0]))
+            tier, total, read, copy = cache.missing(held)
         except ApiError as error:
             if error.code != "OUT_OF_MEMORY":
                 raise
             total = sum(spec.bytes for spec in cache.parts(request.model))
             return Planned(False, error.message, None, "disk", total, total, total, None, None)
+        why = "" if fits is not False else "A request like it did not fit in the device's memory."
         seconds = cache.rates["read"].seconds(read), cache.rates["copy"].seconds(copy)
         return Planned(fits, why, placement, tier, total, read, copy, *seconds)
 
@@ -261,6 +271,11 @@ class Engine:
         flags = getattr(out, "nsfw_content_detected", None)
         return Ran(images, [bool(flag) for flag in flags] if flags is not None else None, model.dtype, used, placement)
 
+    def _foresees(self, build: Build, request: GenerationRequest, placement: str) -> bool:
+        """Whether a placement's weights and what was learned of its calls are more than there is."""
+        held = held_as(request.model, weights_of(placement))
+        return self.peaks.exceeds(about(build, request, placement), lambda: self.cache.device_bytes(held))
+
     def _meta(self, request: GenerationRequest, done: Ran) -> dict[str, Any]:
         dtype = str(done.dtype).removeprefix("torch.")
         numerics = f"{self.device.torch.type}/{dtype}/{done.attention}/eager"
@@ -270,7 +285,7 @@ class Engine:
             "dtype": dtype,
             "placement": done.placement,
             "attention": done.attention,
-            "numerics": f"{numerics}/tiled" if done.placement == "tiled" else numerics,
+            "numerics": f"{numerics}/tiled" if codec_of(done.placement) == "tiled" else numerics,
             "versions": self.versions,
         }
 

@@ -42,14 +42,14 @@ class HostParts:
         self._parts: dict[str, HostPart] = {}
         self.rate = Rate()
 
-    def bring(self, ref: ModelRef, specs: Sequence[PartSpec], spec: PartSpec, ahead_of: Collection[str]) -> bool:
+    def bring(self, ref: ModelRef, specs: Sequence[PartSpec], spec: PartSpec, ahead_of: Collection[str] | None) -> bool:
         """Have a part read, here or by another thread that is at it; whether there was room.
 
         Args:
             ref: the model that it is for.
             specs: its parts.
             spec: one of them.
-            ahead_of: keys of models from which it takes no room.
+            ahead_of: keys of models from which it takes no room; None: the model is leased.
 
         Raises:
             ApiError: MODEL_BROKEN.
@@ -89,6 +89,11 @@ class HostParts:
                 return spec, host or self._read(spec)
         return None
 
+    def of(self, specs: Sequence[PartSpec]) -> dict[str, HostPart]:
+        """The weights of parts that are there, by key."""
+        with self._tiers.lock:
+            return {spec.key: self._parts[spec.key] for spec in specs}
+
     def forget(self, keys: Iterable[str]) -> None:
         """These have left the host's memory."""
         for key in keys:
@@ -116,7 +121,7 @@ class HostParts:
             turn, moves = self._tiers.begin_read(spec.key, ahead_of)
         except NeverFits as fault:
             raise never_fits(ref, fault) from fault
-        self.forget(moves.host)
+        self._left(moves)
         return turn
 
     def _read(self, spec: PartSpec) -> HostPart:

@@ -24,6 +24,7 @@ from api.engine.buffers import Spare
 from api.engine.device import Device, shortage
 from api.engine.headers import broken, file_identity, read_header
 from api.engine.library import Weightless, load_module
+from api.engine.offload import Offloading
 from api.engine.owning import own, shared_unless_changed
 from api.engine.parts import HostPart, PartSpec
 from api.engine.reading import BufferPart, read
@@ -113,6 +114,7 @@ class PartLoader:
         # one buffer under each module that was copied to the device
         self._flats: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
         self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None
+        self.offloading = Offloading(device, self._skeleton_of)
 
     # --- what there is ---
 

@@ -7,12 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from api.engine.books import Begun
 from api.engine.calls import Cancelled
 from api.engine.host import TICK, HostParts
+from api.engine.offload import Offloaded
 from api.engine.parts import HostPart, Loader, PartSpec, Run
 from api.engine.spent import Rate, Spent, measuring
 from api.engine.tiers import Tiers
@@ -51,7 +53,8 @@ class Mover:
         loader: places.
         on_device: runs a function on the device's thread; also takes ``cancelled``, which is asked while it waits.
         exclusively: the same, while nothing else runs.
-        arrived: told of each module that is on the device, on whichever thread brings it.
+        arrived: told the key of each part that is on the device, and its module, on whichever thread brings it; of an
+            offloaded model its own key, and its modules by name.
 
     Attributes:
         rate: how fast parts are copied to the device.
@@ -64,7 +67,7 @@ class Mover:
         loader: Loader,
         on_device: Run,
         exclusively: Run,
-        arrived: Callable[[PartSpec, nn.Module], None],
+        arrived: Callable[[str, Any], None],
     ) -> None:
         self._tiers = tiers
         self._host = host
@@ -88,6 +91,8 @@ class Mover:
             return True
         if cancelled():
             raise Cancelled
+        if isinstance(ref := reservation.ref, Offloaded):
+            return self._offload(ref, reservation, reservation.begun, cancelled) and self._await_others(ref, cancelled)
         for spec in reservation.specs:
             if spec.key in reservation.onto:
                 self._loader.vacate(spec, reservation.onto[spec.key])
@@ -148,7 +153,35 @@ class Mover:
             return module
 
         run = self._exclusively if spec.by_library else self._on_device
-        self._arrived(spec, run(place, cancelled))
+        self._arrived(spec.key, run(place, cancelled))
+
+    def _offload(self, ref: Offloaded, reservation: Reservation, begun: Begun, cancelled: Callable[[], bool]) -> bool:
+        """Read what has room in the host's memory for it, and make the model once all of it is there.
+
+        Returns:
+            Whether all of it came.
+        """
+        specs = reservation.specs
+        for spec in {spec.key: spec for spec in specs if spec.key in begun.read}.values():
+            if cancelled():
+                raise Cancelled
+            began = time.perf_counter()
+            if not self._host.bring(ref, specs, spec, None):
+                return False
+            reservation.spent("read", began)
+        with self._tiers.changed:
+            while begun.copy and not self._tiers.in_host(ref.key):
+                if not self._tiers.coming(ref.key):
+                    return False
+                if cancelled():
+                    raise Cancelled
+                self._tiers.changed.wait(TICK)
+        if begun.copy:  # else another makes it
+            hosts, began = self._host.of(specs), time.perf_counter()
+            made = self._on_device(lambda: self._loader.offloading.make(specs, hosts, ref.mode), cancelled)
+            reservation.spent("build", began)
+            self._arrived(ref.key, made)
+        return True
 
     def _await_others(self, ref: ModelRef, cancelled: Callable[[], bool]) -> bool:
         with self._tiers.changed:

@@ -63,8 +63,36 @@ class HostPart:
     module: nn.Module | None = None
 
 
+class Offloads(Protocol):
+    """What makes models whose weights stay in the host's memory."""
+
+    def room(self, specs: Sequence[PartSpec], mode: str) -> int:
+        """Bytes that a model takes on the device, whichever of its parts runs.
+
+        Args:
+            specs: its parts.
+            mode: ``model`` or ``sequential``.
+        """
+
+    def make(self, specs: Sequence[PartSpec], hosts: Mapping[str, HostPart], mode: str) -> dict[str, nn.Module]:
+        """The modules of a model, by name; on the device's thread.
+
+        Args:
+            specs: its parts.
+            hosts: their weights, by key.
+            mode: ``model`` or ``sequential``.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room on the device.
+        """
+
+
 class Loader(Protocol):
     """What moves weights. ``tiers`` decides what is moved when."""
+
+    @property
+    def offloading(self) -> Offloads:
+        """For models that do not fit on the device as they are."""
 
     def parts(self, ref: ModelRef) -> Sequence[PartSpec]:
         """The parts of a model, without reading a weight.

@@ -1,14 +1,20 @@
 """How a request's model is held so that it fits, and what comes next where it does not.
 
-``full``: as it is. ``sliced``: the autoencoder takes one image at a time, which changes nothing but the order of sums.
+A placement is a way to hold the weights and a way to run the autoencoder, named ``model+tiled``, or by the one that is
+not ``full``.
+
+Weights, ``full``: on the device. ``model``: in the host's memory, one part of the model at a time on the device.
+``sequential``: one block of it at a time. The images are the same.
+Autoencoder, ``full``: as it is. ``sliced``: it takes one image at a time, which changes nothing but the order of sums.
 ``tiled``: it takes each image in overlapping tiles that are blended, which changes pixels near the seams.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +22,21 @@ from torch import nn
 
 from api.engine.cloning import clone
 from api.engine.loader import LoadedModel
-from api.schema.generation import GenerationRequest
+from api.engine.peaks import About
+from api.errors import nothing_to_offload
+from api.schema.generation import WEIGHTS, GenerationRequest
 
 log = logging.getLogger("api.engine")
 
 _CODECS = ("encode", "decode")
 """Methods that the rungs below ``full`` make smaller; for want of memory elsewhere none of them helps."""
+CODECS = ("full", "sliced", "tiled")
 _REMEMBERED = 4096
 """Sizes of which is known that they do not fit: sizes are the clients' choice."""
+
+
+Foresees = Callable[["Build", GenerationRequest, str], bool]
+"""Whether a request (of a model of that build, as that placement) takes more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +68,57 @@ class Ladder:
 
     What was learned in the company of other jobs would have the load of the moment decide over pixels; what was learned
     alone is true of this device, and is kept as long as the worker lives.
+
+    Args:
+        offloads: the device has memory of its own, so that weights can be kept out of it.
+        foresees: says whether a call of an autoencoder or another module will not fit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, offloads: bool = False, foresees: Foresees = lambda *_: False) -> None:
+        self._offloads = offloads
+        self._foresees = foresees
         self._lock = threading.Lock()
-        self._too_high: dict[Hashable, str] = {}
-        """By what is asked for: the lowest placement that did not suffice."""
+        self._too_high: dict[Hashable, tuple[str, ...]] = {}
+        """By what is asked for: placements that did not suffice."""
         self._fitted: dict[Hashable, bool] = {}
         self._builds: dict[str, Build] = {}
 
-    def start(self, model: LoadedModel, request: GenerationRequest) -> str:
-        """The placement to begin with."""
+    def wanted(self, request: GenerationRequest) -> list[str]:
+        """The ways to hold the weights that a request allows, the one that takes most memory first.
+
+        Raises:
+            ApiError: NOT_SUPPORTED: this device has no memory of its own.
+        """
+        if not self._offloads:
+            if request.offload in WEIGHTS[1:]:
+                raise nothing_to_offload(request.offload)
+            return ["full"]
+        if request.offload == "none":
+            return ["full"]
+        least = request.offload if request.offload in WEIGHTS else "model" if request.low_vram else "full"
+        return list(WEIGHTS[WEIGHTS.index(least) :])
+
+    def start(self, model: LoadedModel, request: GenerationRequest, ways: Sequence[str] = ("full",)) -> str:
+        """The placement to begin with.
+
+        Args:
+            model: which model.
+            request: what is asked for.
+            ways: to hold the weights, of those that are ``wanted``.
+        """
         build = build_of(model)
         with self._lock:
-            _remember(self._builds, model.ref.key, build)
-            return self._start(build, request)
+            _remember(self._builds, model.ref.key.partition("#")[0], build)
+            return self._start(build, request, ways)
 
-    def lower(self, model: LoadedModel, request: GenerationRequest, placement: str, short_at: str) -> str | None:
+    def lower(
+        self,
+        model: LoadedModel,
+        request: GenerationRequest,
+        placement: str,
+        short_at: str,
+        ways: Sequence[str] = ("full",),
+    ) -> str | None:
         """What to try after a placement did not suffice, though the job had the device for itself.
 
         Args:
@@ -79,20 +126,23 @@ class Ladder:
             request: what was asked for.
             placement: that did not suffice.
             short_at: the method of a module that memory ended in; empty: in none.
+            ways: see ``start``.
 
         Returns:
             None: there is nothing that would help.
         """
         build = build_of(model)
-        below = rungs(build, request)
-        below = below[below.index(placement) + 1 :]
-        if short_at not in _CODECS or not below:
+        short = placement if short_at in _CODECS else named(weights_of(placement), CODECS[-1])
+        below = rungs(build, request, ways)
+        below = [rung for rung in below[below.index(placement) + 1 :] if not _takes_more(rung, short)]
+        if not below:
             return None
         with self._lock:
-            _remember(self._too_high, _kind(build, request), placement)
+            kind = _kind(build, request)
+            _remember(self._too_high, kind, tuple(dict.fromkeys((*self._too_high.get(kind, ()), short))))
         log.warning(
             "%s of %s at %s does not fit as %s: %s from now on",
-            short_at,
+            short_at or "a job",
             model.ref.model_id,
             "x".join(map(str, size_of(request))) or "its own size",
             placement,
@@ -105,33 +155,62 @@ class Ladder:
         with self._lock:
             _remember(self._fitted, _asked(build_of(model), request), fitted)
 
-    def expected(self, request: GenerationRequest) -> tuple[str | None, bool | None]:
+    def expected(self, request: GenerationRequest, ways: Sequence[str] = ("full",)) -> tuple[str | None, bool | None]:
         """The placement that a request would begin with, and whether one like it fitted; None: not known yet."""
         with self._lock:
             build = self._builds.get(request.model.key)
             if build is None:
-                return (None if request.low_vram else "full"), None
-            return self._start(build, request), self._fitted.get(_asked(build, request))
+                return (None if request.low_vram else ways[0]), None
+            return self._start(build, request, ways), self._fitted.get(_asked(build, request))
 
-    def _start(self, build: Build, request: GenerationRequest) -> str:
-        known = rungs(build, request)
-        if request.low_vram:
-            return known[-1]
-        failed = self._too_high.get(_kind(build, request))
-        below = known[known.index(failed) + 1 :] if failed in known else known
-        return below[0] if below else known[-1]
+    def way(self, request: GenerationRequest, ways: Sequence[str]) -> str:
+        """How the weights would be held, as far as is known before the model is there."""
+        return weights_of(self.expected(request, ways)[0] or ways[0])
+
+    def _start(self, build: Build, request: GenerationRequest, ways: Sequence[str]) -> str:
+        known = rungs(build, request, ways)
+        short = self._too_high.get(_kind(build, request), ())
+        left = [rung for rung in known if not any(_takes_more(rung, other) for other in short)]
+        return next((rung for rung in left if not self._foresees(build, request, rung)), (left or known)[-1])
 
 
-def rungs(build: Build, request: GenerationRequest) -> list[str]:
-    """The placements that differ for a request, the one that takes most memory first."""
-    found, size = ["full"], size_of(request)
-    if request.offload == "none":
-        return found
-    if request.images > 1 and any(slices for _, slices, _ in build.codecs):
-        found.append("sliced")
-    if any(not size or max(size) > tile for _, _, tile in build.codecs):
-        found.append("tiled")
-    return found
+def rungs(build: Build, request: GenerationRequest, ways: Sequence[str] = ("full",)) -> list[str]:
+    """The placements that differ for a request, the one that takes most memory first.
+
+    Args:
+        build: of the model.
+        request: what is asked for.
+        ways: to hold the weights.
+    """
+    codecs, size = ["full"], size_of(request)
+    if request.offload != "none":
+        if request.images > 1 and any(slices for _, slices, _ in build.codecs):
+            codecs.append("sliced")
+        if any(not size or max(size) > tile for _, _, tile in build.codecs):
+            codecs.append("tiled")
+    return [named(way, codec) for way in ways for codec in (codecs[-1:] if request.low_vram else codecs)]
+
+
+def named(weights: str, codec: str) -> str:
+    """A placement's name."""
+    return "+".join(part for part in (weights, codec) if part != "full") or "full"
+
+
+def weights_of(placement: str) -> str:
+    """How a placement holds the weights."""
+    return next((part for part in placement.split("+") if part in WEIGHTS), "full")
+
+
+def codec_of(placement: str) -> str:
+    """How a placement runs the autoencoder."""
+    return next((part for part in placement.split("+") if part in CODECS), "full")
+
+
+def _takes_more(one: str, other: str) -> bool:
+    """Whether a placement needs at least as much memory as another one in every way."""
+    return WEIGHTS.index(weights_of(one)) <= WEIGHTS.index(weights_of(other)) and CODECS.index(
+        codec_of(one)
+    ) <= CODECS.index(codec_of(other))
 
 
 def placed(model: LoadedModel, components: dict[str, Any], attention: str, placement: str) -> dict[str, Any]:
@@ -143,15 +222,16 @@ def placed(model: LoadedModel, components: dict[str, Any], attention: str, place
         attention: its name.
         placement: from ``rungs``.
     """
-    if placement == "full":
+    codec = codec_of(placement)
+    if codec == "full":
         return components
-    name = f"{placement}/{attention}"
+    name = f"{codec}/{attention}"
     if name not in model.variants:
         own = {key: clone(part) for key, part in _autoencoders(components).items()}
         for part in own.values():
             if hasattr(part, "use_slicing"):
                 part.use_slicing = True
-            if placement == "tiled" and hasattr(part, "use_tiling"):
+            if codec == "tiled" and hasattr(part, "use_tiling"):
                 part.use_tiling = True
         model.variants[name] = own
     return {**components, **model.variants[name]}
@@ -163,6 +243,11 @@ def size_of(request: GenerationRequest) -> tuple[int, ...]:
     if None not in size:
         return size  # type: ignore[return-value]
     return next(((picture.width, picture.height) for picture in request.pictures.values()), ())
+
+
+def about(build: Build, request: GenerationRequest, placement: str) -> About:
+    """What the memory of a request's calls depends on."""
+    return About(build, codec_of(placement), math.prod(size_of(request) or (0,)), bool(request.pictures))
 
 
 def _kind(build: Build, request: GenerationRequest) -> Hashable:

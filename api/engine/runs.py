@@ -11,6 +11,7 @@ import torch
 from api.engine.calls import Call
 from api.engine.curve import Curve
 from api.engine.merging import CannotSplit, Mergeable, merge, rejoin, split, take
+from api.engine.peaks import Peaks
 from api.engine.stopwatch import Stopwatch
 
 log = logging.getLogger("api.engine")
@@ -24,13 +25,15 @@ class Runs:
 
     Args:
         stopwatch: of the device.
+        peaks: learns how much memory they take.
 
     Attributes:
         count: calls that were made, merged ones as one.
     """
 
-    def __init__(self, stopwatch: Stopwatch) -> None:
+    def __init__(self, stopwatch: Stopwatch, peaks: Peaks) -> None:
         self._stopwatch = stopwatch
+        self._peaks = peaks
         self._curves: dict[Any, Curve] = {}
         self._singly: set[tuple[str, str]] = set()
         self.count = 0
@@ -136,4 +139,5 @@ class Runs:
             for ticket, count in zip(tickets, counts, strict=True):
                 ticket.attained += seconds * count / sum(counts)
 
-        return self._stopwatch.time(function, note)
+        with self._peaks.measuring(tickets[0].about, batch[0].owner, batch[0].name, sum(counts)):
+            return self._stopwatch.time(function, note)

@@ -85,22 +85,26 @@ class Tiers:
     def model_bytes(self, model: str) -> tuple[int, int]:
         """Bytes of a model on the device and in the host's memory; shared parts are counted for each."""
         with self.lock:
-            parts = self._books.of(model) if model in self._books.models else []
+            if model not in self._books.models:
+                return 0, 0
             return (
-                total(part for part in parts if part.device is State.HELD),
-                total(part for part in parts if part.host is State.HELD),
+                total(part for part in self._books.of(model) if part.device is State.HELD),
+                total(part for part in self._books.weights(model) if part.host is State.HELD),
             )
 
     def resident(self, model: str) -> bool:
-        """Whether all of a model is on the device."""
+        """Whether a model can run: all of it is on the device, or where an offloaded one has it."""
         with self.lock:
             return model in self._books.models and self._books.is_resident(model)
 
     def coming(self, model: str) -> bool:
-        """Whether all of a model is on the device, or on its way."""
+        """Whether a model can run, or what it lacks is on its way."""
         with self.lock:
-            known = model in self._books.models
-            return known and all(part.device is not State.ABSENT for part in self._books.of(model))
+            return (
+                model in self._books.models
+                and all(part.device is not State.ABSENT for part in self._books.of(model))
+                and all(part.host is not State.ABSENT for part in self._books.offloaded(model))
+            )
 
     def warm(self, model: str) -> bool:
         """Whether nothing of a model would have to be read."""
@@ -110,58 +114,74 @@ class Tiers:
     def in_host(self, model: str) -> bool:
         """Whether all of a model is in the host's memory."""
         with self.lock:
-            return all(part.host is State.HELD for part in self._books.of(model))
+            return all(part.host is State.HELD for part in self._books.weights(model))
 
-    def check_possible(self, pieces: Sequence[Piece]) -> None:
-        """Whether there would be room for a model of these parts, if all leases ended.
+    def check_possible(self, pieces: Sequence[Piece], in_host: Sequence[Piece] = ()) -> None:
+        """Whether there would be room for a model of these parts, if all leases ended; see ``know``.
 
         Raises:
             NeverFits: there would not.
         """
         with self.lock:
             known = self._books.parts
-            mine = [known.get(piece.key) or Part(piece.key, piece.architecture, piece.bytes) for piece in pieces]
-            eviction.check_possible(self._books, mine)
+            mine, below = (
+                [known.get(piece.key) or Part(piece.key, piece.architecture, piece.bytes) for piece in some]
+                for some in (pieces, in_host)
+            )
+            eviction.check_possible(self._books, mine, below)
 
     # --- knowing, using ---
 
-    def know(self, model: str, pieces: Sequence[Piece]) -> None:
-        """Enter a model in the books; it leaves them when nothing of it is in memory and nobody holds it."""
+    def know(self, model: str, pieces: Sequence[Piece], in_host: Sequence[Piece] = (), full: str | None = None) -> None:
+        """Enter a model in the books; it leaves them when nothing of it is in memory and nobody holds it.
+
+        Args:
+            model: its key.
+            pieces: what is on the device where it runs.
+            in_host: of an offloaded model: what is in the host's memory then. ``pieces`` is its room on the device.
+            full: of an offloaded model: the key of the same one held as it is.
+        """
         with self.lock:
             if model in self._books.models:
                 return
-            self._books.models[model] = Model(tuple(dict.fromkeys(piece.key for piece in pieces)))
-            for piece in pieces:
-                part = self._books.parts.setdefault(piece.key, Part(piece.key, piece.architecture, piece.bytes))
+            keys, below = (tuple(dict.fromkeys(piece.key for piece in some)) for some in (pieces, in_host))
+            self._books.models[model] = Model(keys, below, full)
+            for piece in (*pieces, *in_host):
+                self._books.parts.setdefault(piece.key, Part(piece.key, piece.architecture, piece.bytes))
+            for part in self._books.of(model):
                 part.models.add(model)
+            for part in self._books.offloaded(model):
+                part.offloaded.add(model)
 
     def consists_of(self, model: str, pieces: Sequence[Piece]) -> bool:
         """Whether a model is in the books with these parts."""
         with self.lock:
             known = self._books.models.get(model)
-            return known is not None and set(known.parts) == {piece.key for piece in pieces}
+            return known is not None and set(known.in_host or known.parts) == {piece.key for piece in pieces}
 
-    def renew(self, model: str, pieces: Sequence[Piece]) -> Moves | None:
-        """Have a model consist of other parts, and keep its pin; what was its own alone leaves.
+    def renew(self, model: str, pieces: Sequence[Piece], in_host: Sequence[Piece] = ()) -> Moves | None:
+        """Have a model consist of other parts, and keep its pin; what was its own alone leaves; see ``know``.
 
         Returns:
             None while it is leased, or a part of its own is on its way: it is as it was.
         """
         with self.lock:
-            known, parts = self._books.models[model], self._books.of(model)
-            if known.leases or any(p.models == {model} and State.COMING in (p.device, p.host) for p in parts):
+            known, parts = self._books.models[model], [*self._books.of(model), *self._books.offloaded(model)]
+            own = [part for part in parts if part.models | part.offloaded == {model}]
+            if known.leases or any(State.COMING in (part.device, part.host) for part in own):
                 return None
             pin, moves = known.pin, self.drop(model)
             if self._books.models.pop(model, None):  # others have what is left of it
                 for part in parts:
                     part.models.discard(model)
+                    part.offloaded.discard(model)
                 self._settled()
-            self.know(model, pieces)
+            self.know(model, pieces, in_host, known.full)
             self._books.models[model].pin = pin
             return moves
 
     def hold(self, model: str) -> bool:
-        """Lease a model if it is on the device."""
+        """Lease a model if it can run."""
         with self.lock:
             if not self.resident(model):
                 return False
@@ -219,12 +239,16 @@ class Tiers:
             if leaving is None:
                 return None
             copy = sorted(missing, key=lambda part: part.host is not State.HELD)
+            to_read = [part for part in self._books.offloaded(model) if part.host is State.ABSENT]
             begun = Begun(
                 model,
                 tuple(part.key for part in copy),
                 eviction.take_over(missing, leaving.device),
                 self._forget(leaving),
+                tuple(part.key for part in to_read),
             )
+            for part in to_read:
+                part.host, part.promise = State.COMING, begun
             for part in missing:
                 part.device, part.owner = State.COMING, begun
                 if self._books.shared and part.host is State.ABSENT:
@@ -251,6 +275,11 @@ class Tiers:
                     part.device, part.owner = State.ABSENT, None
                     if part.host is State.COMING and not part.reader:
                         part.host = State.ABSENT
+            for key in begun.read:
+                part = self._books.parts[key]
+                if part.promise is begun:
+                    part.promise = None
+                    part.host = part.host if part.reader else State.ABSENT
             return self.release(begun.model)
 
     # --- into the host's memory ---
@@ -285,9 +314,9 @@ class Tiers:
         with self.lock:
             part = self._books.parts[key]
             assert part.host is State.COMING
-            part.host, part.reader = State.HELD, False
+            part.host, part.reader, part.promise = State.HELD, False, None
             part.used = max(part.used, self._clock())
-            for model in part.models:
+            for model in part.models | part.offloaded:
                 self._books.models[model].used = max(self._books.models[model].used, part.used)
             moves = self._leave_late(part)
             self._settled()
@@ -298,7 +327,7 @@ class Tiers:
         with self.lock:
             part = self._books.parts[key]
             part.reader = False
-            if not (self._books.shared and part.device is State.COMING):
+            if not part.promise and not (self._books.shared and part.device is State.COMING):
                 part.host = State.ABSENT
             moves = self._leave_late(part)
             self._settled()
@@ -371,25 +400,29 @@ class Tiers:
     def _touch(self, model: str) -> None:
         known = self._books.models[model]
         known.used = self._clock()
-        for key in known.parts:
-            self._books.parts[key].used = known.used
+        for part in (*self._books.of(model), *self._books.offloaded(model)):
+            part.used = known.used
 
     def _forget(self, leaving: Leaving) -> Moves:
-        for part in leaving.device:
+        # what was made of the host's copy of a part goes with it
+        rooms = (room for part in leaving.host for model in part.offloaded for room in self._books.of(model))
+        off_device = [*leaving.device, *(room for room in rooms if room.device is State.HELD)]
+        for part in off_device:
             part.device = State.ABSENT
         for part in leaving.host:
             part.host = State.ABSENT
-        return Moves(tuple(part.key for part in leaving.device), tuple(part.key for part in leaving.host))
+        return Moves(tuple(dict.fromkeys(part.key for part in off_device)), tuple(part.key for part in leaving.host))
 
     def _prune(self) -> None:
         """Strike out models of which nothing is left, and parts of no model."""
         for key, known in list(self._books.models.items()):
-            parts = [self._books.parts[part] for part in known.parts]
+            parts = [*self._books.of(key), *self._books.offloaded(key)]
             if not known.leases and all(part.host is part.device is State.ABSENT for part in parts):
                 del self._books.models[key]
                 for part in parts:
                     part.models.discard(key)
-        for key in [key for key, part in self._books.parts.items() if not part.models]:
+                    part.offloaded.discard(key)
+        for key in [key for key, part in self._books.parts.items() if not part.models and not part.offloaded]:
             del self._books.parts[key]
 
     def _settled(self) -> None:

@@ -23,7 +23,7 @@ from api.engine.calls import Ticket
 from api.engine.executor import Executor
 from api.engine.noise import Seeded
 
-_METHODS = ("forward", "encode", "decode", "get_text_features", "get_image_features")
+METHODS = ("forward", "encode", "decode", "get_text_features", "get_image_features")
 """What pipelines call on modules and what computes on the device."""
 
 _CODECS = ("encode", "decode")
@@ -206,7 +206,7 @@ def _same(now: dict[Any, Any], then: dict[Any, Any]) -> bool:
 def _class_of_views(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of the views of a class of modules: of the same name, pipelines compare and save names."""
     body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "to": _stay}
-    for name in _METHODS:
+    for name in METHODS:
         if callable(getattr(cls, name, None)):
             body[name] = _handed_over(cls, name)
     if hasattr(cls, "generate"):

@@ -6,6 +6,11 @@ from typing import Any
 
 import msgspec
 
+WEIGHTS = ("full", "model", "sequential")
+"""Where weights are: on the device; in the host's memory, with one part, or one block, at a time on the device."""
+OFFLOADS = ("auto", "none", "model", "sequential")
+"""What a client can ask of them."""
+
 
 class ModelRef(msgspec.Struct, frozen=True):
     """What names weights.
@@ -57,7 +62,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         safety_checker: run the model's safety checker, where it has one.
         meta: what is already known of ``$meta``.
         preview: a small picture of each image after every so many steps; 0: about four in all; None: none.
-        offload: ``auto``, or ``none``: the model is held as it is, whether the request fits so or not.
+        offload: ``auto``; ``none``: the model is held as it is, whether the request fits so or not; ``model`` or
+            ``sequential``: its weights stay in the host's memory, by parts or blocks.
         low_vram: take as little of the device's memory as can be.
     """
 

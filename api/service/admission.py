@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from api.errors import ApiError
+from api.errors import ApiError, nothing_to_offload
 from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef, read_ref
 from api.schema.catalogue import Input, catalogue
-from api.schema.generation import GenerationRequest, ModelRef, Picture
+from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture
 from api.schema.transfers import Transfer
 from api.service import inputs as checks
 from api.service.choices import check_early, check_preview, choose_image_format, choose_pipeline, choose_scheduler
@@ -289,9 +289,17 @@ class Admission:
             safety_checker=options.get("safety_checker", True),
             meta=meta,
             preview=options.get("preview"),
-            offload=options.get("OFFLOAD", "auto" if low_vram else self._settings.offload),
+            offload=self._offload(options, low_vram),
             low_vram=low_vram,
         )
+
+    def _offload(self, options: dict[str, Any], low_vram: bool) -> str:
+        asked: str | None = options.get("OFFLOAD")
+        if self._has_gpu:
+            return asked or ("auto" if low_vram and self._settings.offload == "none" else self._settings.offload)
+        if asked in WEIGHTS:
+            raise nothing_to_offload(asked)
+        return asked or ("none" if self._settings.offload == "none" and not low_vram else "auto")
 
     async def _pictures(self, draft: _Draft, model_inputs: dict[str, Any]) -> dict[str, Picture]:
         given, is_url = draft.given, bool(draft.options.get("is_url"))

@@ -6,6 +6,7 @@ from typing import Any
 
 from api.errors import ApiError
 from api.schema.catalogue import nearest
+from api.schema.generation import OFFLOADS
 
 TEXT = {
     "MODEL_ID": "the model",
@@ -18,7 +19,8 @@ TEXT = {
     "PIPELINE": "a diffusers pipeline class, or one of the AutoPipelines",
     "SCHEDULER": "a diffusers scheduler class",
     "image_format": "PNG, JPEG or WEBP",
-    "OFFLOAD": "auto, or none: the model is held as it is, whether the images fit so or not",
+    "OFFLOAD": "auto; none: the model is held as it is, whether it fits so or not; model, sequential: its weights stay "
+    "in RAM, and one part or block of it is on the device at a time",
     "startRequestId": "the client's own id; returned in $meta",
 }
 FLAGS = {
@@ -27,12 +29,10 @@ FLAGS = {
     "is_url": "image, mask_image and init_image are URLs",
     "safety_checker": "run the model's safety checker, where it has one",
     "xformers_memory_efficient_attention": "use xformers where installed",
-    "low_vram": "decode in slices and tiles, with as little memory as can be",
+    "low_vram": "decode in slices and tiles, with one part of the model on the device at a time",
 }
 WHOLE = {"image_quality": "1-100, for JPEG and WEBP"}
 OTHER = {"preview": "a small picture after every so many steps; true: about four in all"}
-OFFLOADS = ("auto", "none")
-_OFFLOADS_LATER = ("model", "sequential")
 _LONGEST = 200
 _LONGEST_URL = 8192
 _MOST_STEPS = 10**6
@@ -100,9 +100,6 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _check_offload(value: str) -> None:
-    if value in _OFFLOADS_LATER:
-        message = f"This version keeps a running model's weights on the device: send {' or '.join(OFFLOADS)}."
-        raise ApiError("NOT_SUPPORTED", message, field="callInputs.OFFLOAD", requested=value, available=list(OFFLOADS))
     if value not in OFFLOADS:
         message = f"Must be one of {', '.join(OFFLOADS)}."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.OFFLOAD", requested=value, available=list(OFFLOADS))

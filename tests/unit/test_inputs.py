@@ -137,13 +137,21 @@ def test_how_a_model_is_held_can_be_asked_for() -> None:
     told = admission(config, has_gpu=True)
     for call_inputs, offload in (({}, "none"), ({"OFFLOAD": "auto"}, "auto"), ({"low_vram": True}, "auto")):
         assert asyncio.run(told.admit("test", {"prompt": "x"}, call_inputs)).request.offload == offload
+    config = Settings.from_env({"MODELS_DIR": "/nonexistent", "RUNTIME_DOWNLOADS": "0", "OFFLOAD": "model"})
+    for has_gpu, call_inputs, offload in (
+        (True, {}, "model"),
+        (True, {"OFFLOAD": "sequential", "low_vram": True}, "sequential"),
+        (True, {"low_vram": True}, "model"),
+        (False, {}, "auto"),  # nobody asked for it in this request, and it would change nothing
+        (False, {"OFFLOAD": "none"}, "none"),
+    ):
+        told = admission(config, has_gpu=has_gpu)
+        assert asyncio.run(told.admit("test", {"prompt": "x"}, call_inputs)).request.offload == offload
 
 
 @pytest.mark.parametrize(
     ("call_inputs", "field", "code"),
     [
-        ({"OFFLOAD": "model"}, "OFFLOAD", "NOT_SUPPORTED"),
-        ({"OFFLOAD": "sequential"}, "OFFLOAD", "NOT_SUPPORTED"),
         ({"OFFLOAD": "all"}, "OFFLOAD", "INVALID_INPUTS"),
         ({"OFFLOAD": True}, "OFFLOAD", "INVALID_INPUTS"),
         ({"low_vram": "yes"}, "low_vram", "INVALID_INPUTS"),
@@ -154,6 +162,14 @@ def test_how_a_model_cannot_be_held(call_inputs: dict[str, Any], field: str, cod
     with pytest.raises(ApiError) as error:
         admit({"prompt": "x"}, call_inputs)
     assert (error.value.code, error.value.field) == (code, f"callInputs.{field}")
+
+
+@pytest.mark.parametrize("way", ["model", "sequential"])
+def test_a_cpu_has_nothing_to_offload_from(way: str) -> None:
+    told = admission(SETTINGS, has_gpu=False)
+    with pytest.raises(ApiError, match="saves no memory on a CPU") as error:
+        asyncio.run(told.admit("test", {"prompt": "x"}, {"OFFLOAD": way}))
+    assert (error.value.code, error.value.field) == ("NOT_SUPPORTED", "callInputs.OFFLOAD")
 
 
 def png(width: int, height: int, mode: str = "RGB") -> bytes:

@@ -16,11 +16,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine, Generated
+from api.engine.placement import codec_of
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef, Picture
-from tests.budgeted import Allocator, Counting
+from tests.budgeted import Allocator, Apart, Counting, Outside
 from tests.tiny import save_tiny
 
 TOLERANCE = 1
@@ -221,15 +223,34 @@ def mixed(models: list[ModelRef], rng: random.Random) -> GenerationRequest:
     )
 
 
-@pytest.mark.parametrize("events", [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+EVENTS = pytest.mark.parametrize("events", [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+
+
+@EVENTS
 def test_faults_at_random_allocations(
     it: Setup, models: list[ModelRef], events: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    faults_at_random(it, models, events, caplog)
+
+
+@EVENTS
+def test_faults_where_weights_can_leave(models: list[ModelRef], events: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The same on a device with memory of its own: whatever is chosen, the pixels are those of the autoencoder's way."""
+    allocator = Allocator()
+    device = Apart(allocator)
+    setup = Setup(Engine(device, Budgets(10**9, 10**9, shared=False, capacity=10**9), Outside(device)), allocator)
+    with allocator.inside(setup.engine):
+        faults_at_random(setup, models, events, caplog)
+    setup.engine.close()
+    assert "model from now on" in caplog.text
+
+
+def faults_at_random(it: Setup, models: list[ModelRef], events: int, caplog: pytest.LogCaptureFixture) -> None:
     rng, alone = random.Random(events), Engine(Device("cpu"))
     expected: dict[Any, np.ndarray] = {}
 
     def check(request: GenerationRequest, done: Generated) -> None:
-        placement = done.meta["placement"]
+        placement = codec_of(done.meta["placement"])
         kind = (request.model.key, request.pipeline, request.seed, str(request.inputs), len(request.pictures))
         size = next(((p.width, p.height) for p in request.pictures.values()), ())
         if (key := (*kind, size, placement)) not in expected:

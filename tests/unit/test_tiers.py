@@ -50,7 +50,7 @@ def one(name: str, size: int = 10, architecture: str = "") -> Piece:
 
 
 def held(books: Tiers, tier: str = "device") -> set[str]:
-    return {k for k in "abcdefxyz" if (p := books.part(k)) and getattr(p, tier) is State.HELD}
+    return {k for k in (*"abcdefxyz", *IN_HOST) if (p := books.part(k)) and getattr(p, tier) is State.HELD}
 
 
 def test_the_least_recently_used_leaves_the_device_and_stays_in_the_hosts_memory() -> None:
@@ -247,8 +247,19 @@ MODELS = {
     "M3": [one("d", 5, "w"), one("e", 7, "s")],
     "M4": [one("f", 30, "huge")],
 }
+IN_HOST: dict[str, list[Piece]] = {}
+"""Of the offloaded ones, which are the same models held in another way: their parts in the host's memory."""
+for full, size in (("M0", 7), ("M1", 6), ("M4", 9)):
+    MODELS[f"{full}#model"] = [one(f"{full}#model", size)]
+    IN_HOST[f"{full}#model"] = MODELS[full]
 PIECES = {piece.key: piece for pieces in MODELS.values() for piece in pieces}
 NAMES = st.sampled_from(sorted(MODELS))
+APART = st.sampled_from(sorted(set(MODELS) - set(IN_HOST)))
+"""Those that are held as they are."""
+
+
+def know(books: Tiers, name: str) -> None:
+    books.know(name, MODELS[name], IN_HOST.get(name, ()), name.partition("#")[0] if name in IN_HOST else None)
 
 
 class Loading:
@@ -256,6 +267,7 @@ class Loading:
 
     def __init__(self, begun: Begun) -> None:
         self.begun, self.todo, self.reading = begun, list(begun.copy), ""
+        self.to_read, self.room = list(begun.read), begun.model in IN_HOST
 
 
 class Machine(RuleBasedStateMachine):
@@ -281,19 +293,23 @@ class Machine(RuleBasedStateMachine):
             self.host.remove(key)
         used = {k for name in self.leases for k in (p.key for p in MODELS[name])}
         assert not used & set(moves.device)
+        leased = [*self.leases, *(one.begun.model for one in self.loading)]
+        assert not {p.key for name in leased for p in IN_HOST.get(name, ())} & set(moves.host)
 
     @rule(name=NAMES, wanted=st.lists(NAMES, unique=True, max_size=2), evict=st.booleans())
     def ask(self, name: str, wanted: list[str], evict: bool) -> None:
+        if self.shared and name in IN_HOST:
+            return
         if self.books.hold(name):
             self.leases.append(name)
             return
-        self.books.know(name, MODELS[name])
+        know(self.books, name)
         before = self.books.device_bytes
         try:
             begun = self.books.begin(name, wanted, evict=evict)
         except NeverFits as fault:
             assert fault.needed + fault.pinned > fault.limit
-            assert fault.pinned
+            assert fault.pinned or (name == "M4#model" and fault.tier == "host")
             return
         if begun is None:
             assert not evict or self.busy(), "nothing would end this wait"
@@ -315,9 +331,14 @@ class Machine(RuleBasedStateMachine):
 
     def step(self, one: Loading, fault: bool) -> bool:
         """One step of a load; whether there was one to make."""
+        if one.room and (one.to_read or one.todo):
+            return self.step_offloaded(one, fault)
+        return self.step_apart(one, fault)
+
+    def step_apart(self, one: Loading, fault: bool) -> bool:
         if not one.todo:
             self.loading.remove(one)
-            if all(self.books.part(p.key).device is State.HELD for p in MODELS[one.begun.model]) and not fault:
+            if self.books.resident(one.begun.model) and not fault:
                 self.leases.append(one.begun.model)
             else:  # another was to bring a part, and could not, or is not there yet
                 self.forget(self.books.abort(one.begun))
@@ -351,6 +372,33 @@ class Machine(RuleBasedStateMachine):
                 return True
         return False
 
+    def step_offloaded(self, one: Loading, fault: bool) -> bool:
+        """One step of a load of a model whose parts stay in the host's memory, where all of them have room."""
+        if one.reading:
+            key, one.reading = one.reading, ""
+            if fault:
+                self.books.read_failed(key)
+                self.give_up(one)
+            else:
+                self.books.read_done(key)
+                self.host.add(one.to_read.pop(0))
+        elif one.to_read:
+            turn, moves = self.books.begin_read(one.to_read[0])
+            assert turn is not Turn.FULL and not moves
+            if turn is Turn.BUSY:
+                return False
+            if turn is Turn.HELD:
+                one.to_read.pop(0)
+            one.reading = one.to_read[0] if turn is Turn.READ else ""
+        elif fault or not self.books.coming(one.begun.model):
+            self.give_up(one)
+        elif not self.books.in_host(one.begun.model):
+            return False
+        else:
+            self.books.placed(one.todo[0])
+            self.device.add(one.todo.pop(0))
+        return True
+
     def give_up(self, one: Loading) -> None:
         self.loading.remove(one)
         self.forget(self.books.abort(one.begun))
@@ -364,12 +412,12 @@ class Machine(RuleBasedStateMachine):
         self.leases.remove(name)
         self.forget(self.books.release(name))
 
-    @rule(name=NAMES, data=st.data(), spare=st.lists(NAMES, unique=True, max_size=2))
+    @rule(name=APART, data=st.data(), spare=st.lists(NAMES, unique=True, max_size=2))
     def read_ahead(self, name: str, data, spare: list[str]) -> None:
         self.begin_ahead(name, data.draw(st.sampled_from(MODELS[name])).key, spare)
 
     def begin_ahead(self, name: str, key: str, spare: list[str]) -> None:
-        self.books.know(name, MODELS[name])
+        know(self.books, name)
         turn, moves = self.books.begin_read(key, ahead_of=spare)
         self.forget(moves)
         if turn is Turn.READ:
@@ -385,7 +433,7 @@ class Machine(RuleBasedStateMachine):
             self.host.add(key)
             self.forget(self.books.read_done(key))
 
-    @rule(name=NAMES, tier=st.sampled_from([None, None, "device", "host"]))
+    @rule(name=APART, tier=st.sampled_from([None, None, "device", "host"]))
     def pin(self, name: str, tier: str | None) -> None:
         self.books.pin(name, tier)
 
@@ -427,12 +475,17 @@ class Machine(RuleBasedStateMachine):
         for tier, limit in (("device", 20), ("host", 24)):
             there = {k for k in PIECES if (p := self.books.part(k)) and getattr(p, tier) is not State.ABSENT}
             single = there and any(there <= {p.key for p in pieces} for pieces in MODELS.values())
+            if tier == "host" and any(name in IN_HOST for name in self.leases):
+                single = False  # of an offloaded model all is there at once, so that one alone is no exception
             assert sum(PIECES[key].bytes for key in there) <= limit or single
 
     @invariant()
     def what_is_in_use_is_there(self) -> None:
         for name in self.leases:
             assert {p.key for p in MODELS[name]} <= self.device
+            assert {p.key for p in IN_HOST.get(name, ())} <= self.host
+        for name in self.device & set(IN_HOST):
+            assert {p.key for p in IN_HOST[name]} <= self.host, "a room without what goes into it"
         if self.shared:
             assert self.device <= self.host
         counts = {name: model.leases for name, model in self.books.models().items() if model.leases}

@@ -1,0 +1,185 @@
+"""How much memory module calls take beyond the weights, learned from those that were made.
+
+What is learned is the least that was ever seen for a size: while a call runs, jobs' own threads allocate as well, which
+makes a peak larger and never smaller. Between two sizes it is taken to grow in a straight line, beyond the largest one
+in the line of the last two, and with one size known not to grow at all. Activations grow at least so fast, so that
+what is said not to fit does not fit; what is not said may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+_REMEMBERED = 4096
+"""Sizes of calls: they are the clients' choice."""
+_CODECS = ("encode", "decode")
+
+
+class Meter(Protocol):
+    """Tells how much of a device's memory is allocated."""
+
+    def begin(self) -> None:
+        """A call begins."""
+
+    def end(self) -> int:
+        """Bytes at the most since it began, beyond those that there were then."""
+
+    def free(self) -> int:
+        """Bytes that could be allocated now."""
+
+
+class CudaMeter:
+    """By the counters of torch's allocator, which cost nothing to read and wait for nothing.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._most = 0
+
+    @property
+    def most(self) -> int:
+        """Most bytes that were ever allocated; the allocator's own counter begins anew with every call."""
+        return max(self._most, torch.cuda.max_memory_allocated(self._device))
+
+    def begin(self) -> None:
+        """See ``Meter``."""
+        self._most = self.most
+        self._before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def end(self) -> int:
+        """See ``Meter``."""
+        return max(0, torch.cuda.max_memory_allocated(self._device) - self._before)
+
+    def free(self) -> int:
+        """See ``Meter``."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.memory_reserved(self._device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(self._device) * total) - reserved
+        return min(free, allowed) + reserved - torch.cuda.memory_allocated(self._device)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a job's calls are for.
+
+    Attributes:
+        build: what the model's memory depends on.
+        codec: how the autoencoder is run.
+        pixels: of one image; 0: not known.
+        encodes: it begins with a picture.
+    """
+
+    build: Hashable
+    codec: str
+    pixels: int
+    encodes: bool = False
+
+
+class Peaks:
+    """What calls take, for each of their rows.
+
+    Args:
+        meter: of the device; None: nothing is learned.
+        room: bytes that this process may use on the device, settled at the start; None: not known.
+    """
+
+    def __init__(self, meter: Meter | None = None, room: int | None = None) -> None:
+        self.meter = meter
+        self.room = room
+        self._lock = threading.Lock()
+        self._known: dict[tuple[Hashable, str], dict[tuple[str, str], dict[int, float]]] = {}
+        """By build and way to run the autoencoder, then class and method: bytes for a row, by pixels."""
+        self._sizes = 0
+
+    @contextlib.contextmanager
+    def measuring(self, about: About | None, owner: str, method: str, rows: int) -> Iterator[None]:
+        """Learn from a call that is made within the block, on the device's thread; nothing of one that fails.
+
+        Args:
+            about: what it is for; None: nothing that is learned.
+            owner: the class of its module.
+            method: its name.
+            rows: how many it has.
+        """
+        if self.meter is None or about is None or not about.pixels:
+            yield
+            return
+        self.meter.begin()
+        yield
+        self.note(about, owner, method, rows, self.meter.end())
+
+    def note(self, about: About, owner: str, method: str, rows: int, size: int) -> None:
+        """A call of so many rows took so many bytes."""
+        if about.codec == "sliced" and method in _CODECS:
+            return  # it had one row at a time
+        with self._lock:
+            if self._sizes >= _REMEMBERED:
+                self._known.clear()
+                self._sizes = 0
+            calls = self._known.setdefault(_kind(about, method), {})
+            sizes = calls.setdefault((owner, method), {})
+            self._sizes += about.pixels not in sizes
+            sizes[about.pixels] = min(size / rows, sizes.get(about.pixels, float("inf")))
+
+    def most(self, about: About) -> float:
+        """Bytes that the largest call for one image takes, as far as is known; the executor splits what has more."""
+        with self._lock:
+            found = [
+                _at(sizes, about.pixels)
+                for kind in ("forward", "decode")
+                for (_, method), sizes in self._known.get(_kind(about, kind), {}).items()
+                if method != "encode" or about.encodes
+            ]
+        return max(found, default=0.0)
+
+    def exceeds(self, about: About, weights: Callable[[], int]) -> bool:
+        """Whether a job does not fit, were it alone on the device.
+
+        Args:
+            about: what is asked for.
+            weights: says the bytes of the weights that are on the device meanwhile.
+        """
+        if self.room is None or not about.pixels:
+            return False
+        most = self.most(about)
+        return most > 0 and weights() + most > self.room
+
+    def rows(self, about: About | None, owner: str, method: str) -> int | None:
+        """How many rows of a call fit in what is free; None: not known."""
+        if self.meter is None or about is None:
+            return None
+        with self._lock:
+            sizes = self._known.get(_kind(about, method), {}).get((owner, method))
+            each = _at(sizes, about.pixels) if sizes else 0.0
+        return max(1, int(self.meter.free() / each)) if each else None
+
+
+def _kind(about: About, method: str) -> tuple[Hashable, str]:
+    # slices are of one image, which takes what it takes
+    codec = "full" if about.codec == "sliced" else about.codec
+    return about.build, codec if method in _CODECS else ""
+
+
+def _at(sizes: dict[int, float], pixels: int) -> float:
+    """What a row takes at a size that may not have been seen; 0 below all that were."""
+    if pixels in sizes:
+        return sizes[pixels]
+    below = sorted(size for size in sizes if size < pixels)
+    above = min((size for size in sizes if size > pixels), default=None)
+    if not below:
+        return 0.0
+    low, high = (below[-1], above) if above is not None else (below[-2] if len(below) > 1 else below[-1], below[-1])
+    if low == high:
+        return sizes[low]
+    slope = max(0.0, (sizes[high] - sizes[low]) / (high - low))
+    return sizes[low] + slope * (pixels - low)
