@@ -89,10 +89,7 @@ def choose_image_format(options: dict[str, Any]) -> tuple[str, int]:
             requested=options["image_format"],
             available=list(FORMATS),
         )
-    quality = options.get("image_quality", 95)
-    if not 1 <= quality <= 100:
-        raise ApiError("INVALID_INPUTS", "Must be 1-100.", field="callInputs.image_quality", requested=quality)
-    return name, quality
+    return name, options.get("image_quality", 95)
 
 
 def check_preview(options: dict[str, Any], model: InstalledModel) -> None:

@@ -1,42 +1,140 @@
-"""The ``callInputs`` that clients send: their types, and the ones that come later."""
+"""The ``callInputs`` that clients send: names, types and meanings, and the ones that come later.
+
+``docs/call-inputs.md`` is made from this table by ``scripts/make-docs``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from api.errors import ApiError
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS
 
-TEXT = {
-    "MODEL_ID": "the model",
-    "HF_MODEL_ID": "its id on the hub, where that is another",
-    "MODEL_REVISION": "its revision",
-    "MODEL_PRECISION": 'fp32 (also ""), fp16 or bf16',
-    "MODEL_URL": "where it lies, or is to be kept: s3://…, https://…",
-    "CHECKPOINT_URL": "a single file to make it from: .safetensors or .ckpt",
-    "CHECKPOINT_CONFIG_URL": "how that file is built: a family, a model id, or the URL of a .yaml",
-    "PIPELINE": "a diffusers pipeline class, or one of the AutoPipelines",
-    "SCHEDULER": "a diffusers scheduler class",
-    "image_format": "PNG, JPEG or WEBP",
-    "OFFLOAD": "auto; none: the model is held as it is, whether it fits so or not; model, sequential: its weights stay "
-    "in RAM, and one part or block of it is on the device at a time",
-    "startRequestId": "the client's own id; returned in $meta",
-}
-FLAGS = {
-    "streamEvents": "answer with a stream of events, one JSON object a line",
-    "async": "answer at once with the id of a job for later",
-    "is_url": "image, mask_image and init_image are URLs",
-    "safety_checker": "run the model's safety checker, where it has one",
-    "xformers_memory_efficient_attention": "use xformers where installed",
-    "low_vram": "decode in slices and tiles, with one part of the model on the device at a time",
-}
-WHOLE = {"image_quality": "1-100, for JPEG and WEBP"}
-OTHER = {"preview": "a small picture after every so many steps; true: about four in all"}
 _LONGEST = 200
 _LONGEST_URL = 8192
 _MOST_STEPS = 10**6
-KNOWN = (*TEXT, *FLAGS, *WHOLE, *OTHER)
+
+
+class Option(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the ``callInputs``.
+
+    Attributes:
+        kind: of value, as clients are told it.
+        meaning: in half a sentence.
+        default: what holds where it is not sent, as clients are told it.
+        example: a value.
+        check: (value, field, meaning) → the value as the server has it; None: as if it had not been sent.
+    """
+
+    kind: str
+    meaning: str
+    default: str
+    example: Any
+    check: Callable[[Any, str, str], Any]
+
+
+def text(meaning: str, default: str, example: str, longest: int = _LONGEST) -> Option:
+    """An option that is a string."""
+
+    def check(value: Any, field: str, meaning: str) -> str:
+        if not isinstance(value, str) or len(value) > longest:
+            raise _invalid(field, f"Must be a string of at most {longest} characters: {meaning}.", value)
+        return value
+
+    return Option(kind="string", meaning=meaning, default=default, example=example, check=check)
+
+
+def choice(meaning: str, default: str, example: str, among: tuple[str, ...]) -> Option:
+    """An option that is one of a few words."""
+
+    def check(value: Any, field: str, meaning: str) -> str:
+        if value not in among:
+            raise _invalid(field, f"Must be one of {', '.join(among)}.", value, among)
+        return str(value)
+
+    kind = ", ".join(f"`{word}`" for word in among)
+    return Option(kind=kind, meaning=meaning, default=default, example=example, check=check)
+
+
+def flag(meaning: str, default: str = "`false`", example: bool = True) -> Option:
+    """An option that is on or off; 0 and 1 are taken as well."""
+
+    def check(value: Any, field: str, meaning: str) -> bool:
+        if not isinstance(value, bool) and value not in (0, 1):
+            raise _invalid(field, f"Must be true or false: {meaning}.", value)
+        return bool(value)
+
+    return Option(kind="boolean", meaning=meaning, default=default, example=example, check=check)
+
+
+def whole(meaning: str, default: str, example: int, low: int, high: int) -> Option:
+    """An option that is a whole number, within limits."""
+
+    def check(value: Any, field: str, meaning: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise _invalid(field, f"Must be a whole number from {low} to {high}: {meaning}.", value)
+        return value
+
+    return Option(kind=f"integer, {low}–{high}", meaning=meaning, default=default, example=example, check=check)
+
+
+def _preview(value: Any, field: str, meaning: str) -> int | None:
+    """After how many steps, as ``GenerationRequest.preview``."""
+    if isinstance(value, bool):
+        return 0 if value else None
+    if not isinstance(value, int) or not 1 <= value <= _MOST_STEPS:
+        raise _invalid(field, f"Must be true, or a whole number from 1 to {_MOST_STEPS}: {meaning}.", value)
+    return value
+
+
+def _invalid(field: str, message: str, value: Any, among: tuple[str, ...] | None = None) -> ApiError:
+    return ApiError("INVALID_INPUTS", message, field=field, requested=value, available=list(among) if among else None)
+
+
+_SERVERS = "the server's"
+OPTIONS: dict[str, Option] = {
+    "MODEL_ID": text("the model", _SERVERS, "stabilityai/sdxl-turbo"),
+    "HF_MODEL_ID": text("its id on the hub, where that is another", "`MODEL_ID`", "stabilityai/sdxl-turbo"),
+    "MODEL_REVISION": text("its revision: a branch, tag or commit", "its newest", "main"),
+    "MODEL_PRECISION": text('`fp32` (also `""`), `fp16` or `bf16`', _SERVERS, "fp16"),
+    "MODEL_URL": text(
+        "where it lies, or is to be kept: s3://…, https://…", "none", "s3://bucket/model.tar.zst", _LONGEST_URL
+    ),
+    "CHECKPOINT_URL": text(
+        "a single file to make it from: .safetensors or .ckpt", "none", "https://host/model.safetensors", _LONGEST_URL
+    ),
+    "CHECKPOINT_CONFIG_URL": text(
+        "how that file is built: a family, a model id, or the URL of a .yaml", "found from its weights", "sdxl",
+        _LONGEST_URL,
+    ),
+    "PIPELINE": text(
+        "a diffusers pipeline class, or one of the AutoPipelines", "what the request holds decides",
+        "StableDiffusionImg2ImgPipeline",
+    ),
+    "SCHEDULER": text("a diffusers scheduler class", _SERVERS, "EulerDiscreteScheduler"),
+    "safety_checker": flag("run the model's safety checker, where it has one", "`true`", False),
+    "is_url": flag("`image`, `mask_image` and `init_image` are URLs"),
+    "image_format": text("`PNG`, `JPEG` or `WEBP`", "`PNG`", "JPEG"),
+    "image_quality": whole("for JPEG and WEBP; 100 makes WEBP lossless", "95", 90, 1, 100),
+    "xformers_memory_efficient_attention": flag("use xformers where installed"),
+    "low_vram": flag("decode in slices and tiles, with one part of the model on the device at a time"),
+    "OFFLOAD": choice(
+        "`none`: the model is held as it is, whether it fits so or not; `model`, `sequential`: its weights stay in "
+        "RAM, and one part or block of it is on the device at a time", _SERVERS, "model", OFFLOADS,
+    ),
+    "streamEvents": flag("answer with a stream of events, one JSON object a line"),
+    "preview": Option(
+        kind="`true`, or integer", meaning="a small picture after every so many steps; true: about four in all",
+        default="none", example=True, check=_preview,
+    ),
+    "async": flag("answer at once with the id of a job for later"),
+    "startRequestId": text("the client's own id; returned in $meta", "none", "order-7"),
+}  # fmt: skip
+KNOWN = tuple(OPTIONS)
 
 LATER = {
     "custom_pipeline_method": "pipelines are called, no other method of theirs",
@@ -66,50 +164,18 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
             if value in (None, "", False, 0, [], {}):
                 continue
             raise ApiError("NOT_SUPPORTED", f"{name} is not supported by this version: {LATER[name]}.", field=field)
-        if name not in KNOWN:
+        if name not in OPTIONS:
             message = f"Unknown option.{nearest(name, [*KNOWN, *LATER])}"
             raise ApiError("UNKNOWN_INPUT", message, field=field, available=sorted(KNOWN))
         if name == "MODEL_PRECISION" and value == "":
             value = "fp32"
         if value is None or value == "":
             continue
-        longest = _LONGEST_URL if name.endswith("_URL") else _LONGEST
-        if name in TEXT and (not isinstance(value, str) or len(value) > longest):
-            message = f"Must be a string of at most {longest} characters: {TEXT[name]}."
-            raise ApiError("INVALID_INPUTS", message, field=field, requested=value)
-        if name == "OFFLOAD":
-            _check_offload(value)
-        if name in FLAGS:
-            value = _flag(name, value)
-        if name in WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ApiError("INVALID_INPUTS", f"Must be a whole number: {WHOLE[name]}.", field=field, requested=value)
-        if name == "preview" and (value := _preview(value)) is None:
-            continue
-        out[name] = value
+        option = OPTIONS[name]
+        checked = option.check(value, field, option.meaning)
+        if checked is not None:
+            out[name] = checked
     if out.get("low_vram") and out.get("OFFLOAD") == "none":
         message = "Asks for the opposite of OFFLOAD none; send one of them."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.low_vram", requested=True)
     return out
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool) and value not in (0, 1):
-        message = f"Must be true or false: {FLAGS[name]}."
-        raise ApiError("INVALID_INPUTS", message, field=f"callInputs.{name}", requested=value)
-    return bool(value)
-
-
-def _check_offload(value: str) -> None:
-    if value not in OFFLOADS:
-        message = f"Must be one of {', '.join(OFFLOADS)}."
-        raise ApiError("INVALID_INPUTS", message, field="callInputs.OFFLOAD", requested=value, available=list(OFFLOADS))
-
-
-def _preview(value: Any) -> int | None:
-    """After how many steps, as ``GenerationRequest.preview``."""
-    if isinstance(value, bool):
-        return 0 if value else None
-    if not isinstance(value, int) or not 1 <= value <= _MOST_STEPS:
-        message = f"Must be true, or a whole number from 1 to {_MOST_STEPS}: {OTHER['preview']}."
-        raise ApiError("INVALID_INPUTS", message, field="callInputs.preview", requested=value)
-    return value
