@@ -115,9 +115,7 @@ def _map(header: Header) -> mmap.mmap:
     except (OSError, ValueError) as fault:
         raise _fault(header.path, fault) from fault
 
-    # the page cache is filled in large pages, which are mapped at once now and whenever the file is mapped again
-    advise(pages, 0, header.size, mmap.MADV_HUGEPAGE)
-
+    # small pages: a cold file in large ones takes twice as long, where the memory for them comes from a hypervisor
     # a page that cannot be read is an error here, and would be a signal that kills the process later
     def bring(begin: int) -> None:
         if number := advise(pages, begin, min(32 * _BLOCK, header.size - begin), _POPULATE_READ):
