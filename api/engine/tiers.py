@@ -350,7 +350,7 @@ class Tiers:
                 known.leaving = to
                 self._settled()
                 return Moves()
-            if to == "disk" and any(part.host is State.COMING for part in self._books.of(model)):
+            if to == "disk" and any(part.host is State.COMING for part in self._books.weights(model)):
                 known.leaving = to
             moves = self._forget(eviction.of_model(self._books, model, to))
             self._settled()
@@ -383,7 +383,7 @@ class Tiers:
 
     def _leave_late(self, part: Part) -> Moves:
         moves = list[Moves]()
-        for model in list(part.models):
+        for model in part.models | part.offloaded:
             known = self._books.models.get(model)
             if known and known.leaving and not known.leases:
                 to, known.leaving = known.leaving, None

@@ -231,6 +231,15 @@ def test_what_is_being_read_of_a_model_that_is_dropped_goes_when_it_is_there_unl
     assert held(books) == {"b"}
 
 
+def test_what_is_being_read_of_an_offloaded_model_that_is_dropped_goes_when_it_is_there() -> None:
+    books = tiers(20)
+    books.know("A#model", [one("room")], [one("a"), one("b")], "A")
+    assert books.begin_read("a", ahead_of=())[0] is Turn.READ
+    assert not books.drop("A#model")
+    assert books.read_done("a").host == ("a",)
+    assert books.models() == {}
+
+
 def test_what_was_not_used_for_long_leaves_the_device_unless_it_is_pinned() -> None:
     books = tiers(40)
     for name in "ABC":
