@@ -56,7 +56,7 @@ class Executor:
         self._calls: list[Call] = []
         self._alone: list[Call] = []
         self._exclusive = False
-        self._runs = Runs(self._stopwatch, self._peaks)
+        self._runs = Runs(self._stopwatch, self._peaks, self._waiting)
         self._closed = False
         self.calls = 0
         """Module calls that were asked for."""
@@ -168,6 +168,11 @@ class Executor:
         with self._changed:
             between = [ticket.resumed for ticket in self._tickets if ticket.resumed and not ticket.parked]
         return min(between, default=None)
+
+    def _waiting(self) -> frozenset[Ticket]:
+        """The running jobs where each of them waits for a call, so that none computes in its own thread; else none."""
+        with self._changed:
+            return frozenset(self._tickets if all(ticket.parked for ticket in self._tickets) else ())
 
     def close(self) -> None:
         """End the thread; what waits is cancelled."""

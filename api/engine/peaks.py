@@ -1,9 +1,10 @@
 """How much memory module calls take beyond the weights, learned from those that were made.
 
-What is learned is the least that was ever seen for a size: while a call runs, jobs' own threads allocate as well, which
-makes a peak larger and never smaller. Between two sizes it is taken to grow in a straight line, beyond the largest one
-in the line of the last two, and with one size known not to grow at all. Activations grow at least so fast, so that
-what is said not to fit does not fit; what is not said may.
+Only from calls during which no job's own thread could allocate or free, as that would have the load of the moment
+decide later on. What is kept are the least and the most that a row of a size ever took: a batch has fixed costs once, a
+first call may have some that no later one has. A size that was not seen is on the line of the two seen ones next below
+it, at its least steep, and as its neighbour where there is but one. Activations grow at least so fast, so that what is
+said not to fit does not fit; what is not said may.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ import torch
 _REMEMBERED = 4096
 """Sizes of calls: they are the clients' choice."""
 _CODECS = ("encode", "decode")
+
+
+_Sizes = dict[int, tuple[float, float]]
+"""The least and the most bytes that a row took, by pixels."""
 
 
 class Meter(Protocol):
@@ -97,12 +102,14 @@ class Peaks:
         self.meter = meter
         self.room = room
         self._lock = threading.Lock()
-        self._known: dict[tuple[Hashable, str], dict[tuple[str, str], dict[int, float]]] = {}
-        """By build and way to run the autoencoder, then class and method: bytes for a row, by pixels."""
+        self._known: dict[tuple[Hashable, str], dict[tuple[str, str], _Sizes]] = {}
+        """By build and way to run the autoencoder, then class and method."""
         self._sizes = 0
 
     @contextlib.contextmanager
-    def measuring(self, about: About | None, owner: str, method: str, rows: int) -> Iterator[None]:
+    def measuring(
+        self, about: About | None, owner: str, method: str, rows: int, waiting: Callable[[], object] = lambda: True
+    ) -> Iterator[None]:
         """Learn from a call that is made within the block, on the device's thread; nothing of one that fails.
 
         Args:
@@ -110,13 +117,17 @@ class Peaks:
             owner: the class of its module.
             method: its name.
             rows: how many it has.
+            waiting: says which jobs there are, where every one of them waits for the device; else nothing. Where that
+                is another before and after the call, nothing is learned.
         """
-        if self.meter is None or about is None or not about.pixels:
+        if self.meter is None or about is None or not about.pixels or not (before := waiting()):
             yield
             return
         self.meter.begin()
         yield
-        self.note(about, owner, method, rows, self.meter.end())
+        size = self.meter.end()
+        if waiting() == before:
+            self.note(about, owner, method, rows, size)
 
     def note(self, about: About, owner: str, method: str, rows: int, size: int) -> None:
         """A call of so many rows took so many bytes."""
@@ -129,7 +140,9 @@ class Peaks:
             calls = self._known.setdefault(_kind(about, method), {})
             sizes = calls.setdefault((owner, method), {})
             self._sizes += about.pixels not in sizes
-            sizes[about.pixels] = min(size / rows, sizes.get(about.pixels, float("inf")))
+            each = size / rows
+            least, most = sizes.get(about.pixels, (each, each))
+            sizes[about.pixels] = min(each, least), max(each, most)
 
     def most(self, about: About) -> float:
         """Bytes that the largest call for one image takes, as far as is known; the executor splits what has more."""
@@ -170,16 +183,14 @@ def _kind(about: About, method: str) -> tuple[Hashable, str]:
     return about.build, codec if method in _CODECS else ""
 
 
-def _at(sizes: dict[int, float], pixels: int) -> float:
-    """What a row takes at a size that may not have been seen; 0 below all that were."""
-    if pixels in sizes:
-        return sizes[pixels]
-    below = sorted(size for size in sizes if size < pixels)
-    above = min((size for size in sizes if size > pixels), default=None)
-    if not below:
+def _at(sizes: _Sizes, pixels: int) -> float:
+    """What a row takes at the least, at a size that may not have been seen; 0 below all that were."""
+    known = sorted(size for size in sizes if size <= pixels)
+    if not known:
         return 0.0
-    low, high = (below[-1], above) if above is not None else (below[-2] if len(below) > 1 else below[-1], below[-1])
-    if low == high:
-        return sizes[low]
-    slope = max(0.0, (sizes[high] - sizes[low]) / (high - low))
-    return sizes[low] + slope * (pixels - low)
+    last = known[-1]
+    least = sizes[last][0]
+    if last == pixels or len(known) == 1:
+        return least
+    slope = max(0.0, (least - sizes[known[-2]][1]) / (last - known[-2]))
+    return least + slope * (pixels - last)

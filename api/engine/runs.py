@@ -26,14 +26,16 @@ class Runs:
     Args:
         stopwatch: of the device.
         peaks: learns how much memory they take.
+        waiting: see ``Peaks.measuring``.
 
     Attributes:
         count: calls that were made, merged ones as one.
     """
 
-    def __init__(self, stopwatch: Stopwatch, peaks: Peaks) -> None:
+    def __init__(self, stopwatch: Stopwatch, peaks: Peaks, waiting: Callable[[], object]) -> None:
         self._stopwatch = stopwatch
         self._peaks = peaks
+        self._waiting = waiting
         self._curves: dict[Any, Curve] = {}
         self._singly: set[tuple[str, str]] = set()
         self.count = 0
@@ -139,5 +141,5 @@ class Runs:
             for ticket, count in zip(tickets, counts, strict=True):
                 ticket.attained += seconds * count / sum(counts)
 
-        with self._peaks.measuring(tickets[0].about, batch[0].owner, batch[0].name, sum(counts)):
+        with self._peaks.measuring(tickets[0].about, batch[0].owner, batch[0].name, sum(counts), self._waiting):
             return self._stopwatch.time(function, note)
