@@ -182,6 +182,7 @@ def _pin(pages: _Pages) -> None:
         return
 
     def release() -> None:
+        torch.cuda.synchronize()  # a job that was cancelled may have left copies from it behind that are yet to begin
         runtime.cudaHostUnregister(address)
 
     pages.release = release

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,7 @@ class Offloading:
         self._skeleton = skeleton
         self._carrier = Carrier(device)
         self._layouts: dict[str, Layout] = {}
+        self._lock = threading.Lock()
 
     def room(self, specs: Sequence[PartSpec], mode: str) -> int:
         """Bytes that a model takes on the device, whichever of its parts runs.
@@ -132,9 +134,11 @@ class Offloading:
     def _layout(self, spec: PartSpec) -> Layout:
         known = self._layouts.get(spec.architecture)
         if known is None:
-            while len(self._layouts) >= _KEPT:
-                del self._layouts[next(iter(self._layouts))]
-            known = self._layouts[spec.architecture] = of_skeleton(self._skeleton(spec))
+            known = of_skeleton(self._skeleton(spec))
+            with self._lock:  # asked from any thread
+                while len(self._layouts) >= _KEPT:
+                    del self._layouts[next(iter(self._layouts))]
+                self._layouts[spec.architecture] = known
         return known
 
     def _guest(self, spec: PartSpec, host: HostPart, room: Room, mode: str) -> nn.Module:

@@ -138,13 +138,20 @@ class Room:
         return _of(self._guest)
 
     def bring(self, guest: Guest) -> None:
-        """Have a part there, and the one that was there leave."""
+        """Have a part there, and the one that was there leave.
+
+        Raises:
+            RuntimeError: that one is running.
+        """
         if (other := self.guest) is guest:
             return
         if other is not None:
+            if other.calls:
+                raise RuntimeError("a part of an offloaded model was called by another one")
             other.leave()
-        self._guest = weakref.ref(guest)
+        self._guest = None  # where a copy fails, nobody is there
         guest.come()
+        self._guest = weakref.ref(guest)
 
     def apart(self, value: Any) -> Any:
         """What a call returns, with nothing in it that is a weight: others come to the same memory."""
@@ -215,20 +222,21 @@ class Guest:
         if block.place is None:
             self._fetch(block)
         self.room.carrier.wait(block.copied)
-        self.active = block
         if (last := _of(self._last)) is not None and last is not block:
             last.after = weakref.ref(block)
         self._last = weakref.ref(block)
         if len(self._places) > 1 and (following := _of(block.after)) is not None and following.place is None:
-            self._fetch(following)
+            self._fetch(following, block)
+        self.active = block
 
-    def _fetch(self, block: Block) -> None:
+    def _fetch(self, block: Block, running: Block | None = None) -> None:
         """Have a block brought to the place of one that does not run."""
-        number = next(n for n, other in enumerate(self._in_place) if other is None or _of(other) is not self.active)
+        number = next(n for n, other in enumerate(self._in_place) if other is None or _of(other) is not running)
         if (other := _of(self._in_place[number])) is not None:
             other.leave()
-        self._in_place[number] = weakref.ref(block)
+        self._in_place[number] = None  # where the copy fails, nobody is there
         block.come(self._places[number], self.room.carrier)
+        self._in_place[number] = weakref.ref(block)
 
 
 class Block:

@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine
+from api.engine.peaks import CudaMeter
 from api.engine.placement import codec_of, weights_of
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef
@@ -104,17 +105,17 @@ def test_the_same_images_in_less_memory(engines: list[Engine], model: ModelRef) 
         engine = an_engine(engines)
         engine.generate(a_request(model, offload=way))
         torch.cuda.synchronize()
+        meter = engine.device.meter()
+        assert isinstance(meter, CudaMeter)
+        meter._most = 0  # torch's own counter begins anew with every call
         torch.cuda.reset_peak_memory_stats()
-        highest = 0
         for _ in range(2):
             images[way] = engine.generate(a_request(model, offload=way)).images
-            highest = max(highest, torch.cuda.max_memory_allocated())
-        peaks[way] = highest
+        peaks[way] = meter.most
         assert np.array_equal(images[way], images["none"])
         allocated(engine)
         engines.pop().close()
-    specs = an_engine(engines).cache.parts(model)
-    assert peaks["sequential"] < peaks["model"] < peaks["none"] + max(spec.bytes for spec in specs) // 10
+    assert peaks["sequential"] < peaks["model"] < peaks["none"]
 
 
 def test_a_model_larger_than_the_budget(engines: list[Engine], model: ModelRef) -> None:

@@ -84,3 +84,24 @@ def test_what_is_kept_yields_to_what_comes() -> None:
     assert spare.bytes == 9 * 2**20
     spare.clear()
     assert spare.bytes == 0
+
+
+def test_pinned_memory_is_freed_after_the_copies_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            told.append("register")
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            told.append("unregister")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("synchronize"))
+    spare = buffers.Spare(2**20)
+    held = buffers.buffer(4096, pin=True, spare=spare)
+    del held
+    assert told == ["register"]
+    spare.clear()
+    assert told == ["register", "synchronize", "unregister"]

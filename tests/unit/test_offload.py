@@ -29,7 +29,7 @@ from api.engine import blocks
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine, Generated
-from api.engine.offload import Offloaded, held_as
+from api.engine.offload import Carrier, Guest, Offloaded, _Bound, held_as
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef
 from tests.budgeted import Allocator, Apart, Counting, Outside
@@ -355,3 +355,63 @@ def test_clones_share_the_room_and_a_ref_knows_its_model(
             weight = guest.room.apart((unet.conv_in.weight, [unet.conv_in.bias]))
             assert weight[0].untyped_storage().data_ptr() != guest.room.flat.untyped_storage().data_ptr()
             assert weight[1][0] is unet.conv_in.bias
+
+
+def test_a_part_is_never_taken_from_under_its_own_call(models: dict[str, ModelRef], make: Callable[..., Setup]) -> None:
+    it, ref = make(), held_as(models["sd"], "model")
+    with it.engine.line.lease(ref, lambda: False) as model:
+        unet, text = (vars(model.components[name])["_offload_guest"] for name in ("unet", "text_encoder"))
+        with unet.present():
+            with pytest.raises(RuntimeError, match="called by another"), text.present():
+                pass
+            assert unet.room.guest is unet
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_part_whose_copy_fails_is_not_taken_for_there(
+    ahead: bool, models: dict[str, ModelRef], make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = make()
+    it.engine.cache.loader.offloading._carrier.ahead = ahead  # type: ignore[attr-defined]
+    request = a_request(models["sd"], offload="sequential")
+    expected = it.generate(request).images
+    start, left = Carrier.start, [5]
+
+    def failing(self: Carrier, copies: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise torch.OutOfMemoryError("injected")
+        return start(self, copies)
+
+    monkeypatch.setattr(Carrier, "start", failing)
+    for count in range(1, 12):
+        left[0] = count
+        assert np.array_equal(it.generate(request).images, expected)
+        assert left[0] <= 0
+
+
+def test_the_next_block_is_brought_while_one_runs(
+    models: dict[str, ModelRef], make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, with two places; what is not there is not a number, and so is every image made of it."""
+
+    def leave(self: _Bound) -> None:
+        for parameter, here in self._pairs:
+            parameter.data = torch.full_like(here, float("nan"))
+
+    monkeypatch.setattr(_Bound, "leave", leave)
+    it, fetched = make(), list[bool]()
+    offloading = it.engine.cache.loader.offloading
+    offloading._carrier.ahead = True  # type: ignore[attr-defined]
+    fetch = Guest._fetch
+    monkeypatch.setattr(
+        Guest, "_fetch", lambda self, block, *running: (fetched.append(bool(running)), fetch(self, block, *running))
+    )
+    alone = Engine(Device("cpu"))
+    for kind in KINDS:
+        expected = alone.generate(a_request(models[kind])).images
+        fetched.clear()
+        for _ in range(2):
+            assert np.array_equal(it.generate(a_request(models[kind], offload="sequential")).images, expected)
+        assert sum(fetched) > len(fetched) // 2, "most blocks are there before they are called"
+    alone.close()
