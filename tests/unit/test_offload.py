@@ -357,6 +357,12 @@ def test_clones_share_the_room_and_a_ref_knows_its_model(
             assert weight[1][0] is unet.conv_in.bias
 
 
+def leave_nothing(bound: _Bound) -> None:
+    """What is not there is not a number, and so is every image made of it."""
+    for parameter, here in bound._pairs:
+        parameter.data = torch.full_like(here, float("nan"))
+
+
 def test_a_part_is_never_taken_from_under_its_own_call(models: dict[str, ModelRef], make: Callable[..., Setup]) -> None:
     it, ref = make(), held_as(models["sd"], "model")
     with it.engine.line.lease(ref, lambda: False) as model:
@@ -371,6 +377,7 @@ def test_a_part_is_never_taken_from_under_its_own_call(models: dict[str, ModelRe
 def test_a_part_whose_copy_fails_is_not_taken_for_there(
     ahead: bool, models: dict[str, ModelRef], make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_Bound, "leave", leave_nothing)
     it = make()
     it.engine.cache.loader.offloading._carrier.ahead = ahead  # type: ignore[attr-defined]
     request = a_request(models["sd"], offload="sequential")
@@ -386,20 +393,18 @@ def test_a_part_whose_copy_fails_is_not_taken_for_there(
     monkeypatch.setattr(Carrier, "start", failing)
     for count in range(1, 12):
         left[0] = count
-        assert np.array_equal(it.generate(request).images, expected)
+        with contextlib.suppress(ApiError):  # a batch is run in halves after it
+            it.generate(request)
         assert left[0] <= 0
+        again = it.generate(request).images
+        assert int(np.abs(again.astype(int) - expected).max()) <= 1  # sums in another order
 
 
 def test_the_next_block_is_brought_while_one_runs(
     models: dict[str, ModelRef], make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on CUDA, with two places; what is not there is not a number, and so is every image made of it."""
-
-    def leave(self: _Bound) -> None:
-        for parameter, here in self._pairs:
-            parameter.data = torch.full_like(here, float("nan"))
-
-    monkeypatch.setattr(_Bound, "leave", leave)
+    """As on CUDA, with two places."""
+    monkeypatch.setattr(_Bound, "leave", leave_nothing)
     it, fetched = make(), list[bool]()
     offloading = it.engine.cache.loader.offloading
     offloading._carrier.ahead = True  # type: ignore[attr-defined]
