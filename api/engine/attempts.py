@@ -194,7 +194,7 @@ class Attempts:
             try:
                 model = held.enter_context(self._leased(job, timings, way))
             except ApiError as error:
-                if len(ways) == 1 or not _is_short(error):
+                if len(ways) == 1 or not is_short(error):
                     raise
                 return None
             placement = self.ladder.start(model, job.request, ways)
@@ -251,7 +251,7 @@ class Attempts:
             try:
                 model = held.enter_context(self._leased(job, timings, way))
             except ApiError as error:
-                if way == ways[-1] or not _is_short(error):
+                if way == ways[-1] or not is_short(error):
                     raise
                 raise _Unloadable from None
             placement = placement or self.ladder.start(model, job.request, ways)
@@ -308,7 +308,7 @@ class Attempts:
         return ApiError("OUT_OF_MEMORY", message, requested=size or None, available=numbers)
 
 
-def _is_short(error: ApiError) -> bool:
+def is_short(error: ApiError) -> bool:
     """Whether a model could not be loaded for want of the device's memory."""
     return error.code == "OUT_OF_MEMORY" and isinstance(error.__cause__, torch.OutOfMemoryError)
 

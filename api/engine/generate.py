@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran
+from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran, is_short
 from api.engine.attention import components_with
 from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
@@ -139,15 +139,25 @@ class Engine:
         else:
             # what is pinned to the device is there as it is
             ways = self.attempts.ways_of(ref, list(WEIGHTS)) if not (pin or self.device.shares_host) else ["full"]
-            held = held_as(ref, ways[0])
-            with self.attempts.company.together(cancelled), self.line.lease(held, cancelled):
-                self.cache.keep(held)
-                if pin:
-                    self.cache.pin(ref, "device")
+            while not self._load_as(held_as(ref, ways[0]), pin, cancelled, last=len(ways) == 1):
+                ways = ways[1:]
             self.cache.give_back()
             return
         if pin:
             self.cache.pin(ref, tier)
+
+    def _load_as(self, held: ModelRef, pin: bool, cancelled: Callable[[], bool], last: bool) -> bool:
+        """Load a model held in one way; whether it came, where memory does not suffice and it is not the last way."""
+        try:
+            with self.attempts.company.together(cancelled), self.line.lease(held, cancelled):
+                self.cache.keep(held)
+                if pin:
+                    self.cache.pin(held, "device")
+        except ApiError as error:
+            if last or not is_short(error):
+                raise
+            return False
+        return True
 
     def _load_host(self, ref: ModelRef, pin: bool, cancelled: Callable[[], bool]) -> None:
         try:

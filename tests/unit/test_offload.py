@@ -29,7 +29,8 @@ from api.engine import blocks
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine, Generated
-from api.engine.offload import Carrier, Guest, Offloaded, _Bound, held_as
+from api.engine.offload import Offloaded, held_as
+from api.engine.rooms import Bound, Carrier, Guest
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef
 from tests.budgeted import Allocator, Apart, Counting, Outside
@@ -305,6 +306,8 @@ def test_a_model_that_cannot_be_loaded_whole_is_offloaded(
     it = make()
     rooms = it.rooms(models["sd"])
     it.allocator.budget = rooms["full"] - 50_000
+    it.engine.load(models["sd"])
+    assert it.engine.cache.held()[models["sd"].key].tier == "host"
     done = it.generate(a_request(models["sd"], side=16))
     assert done.meta["placement"] in ("model", "sequential")
     assert "does not load as full: model from now on" in caplog.text
@@ -357,7 +360,7 @@ def test_clones_share_the_room_and_a_ref_knows_its_model(
             assert weight[1][0] is unet.conv_in.bias
 
 
-def leave_nothing(bound: _Bound) -> None:
+def leave_nothing(bound: Bound) -> None:
     """What is not there is not a number, and so is every image made of it."""
     for parameter, here in bound._pairs:
         parameter.data = torch.full_like(here, float("nan"))
@@ -377,7 +380,7 @@ def test_a_part_is_never_taken_from_under_its_own_call(models: dict[str, ModelRe
 def test_a_part_whose_copy_fails_is_not_taken_for_there(
     ahead: bool, models: dict[str, ModelRef], make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_Bound, "leave", leave_nothing)
+    monkeypatch.setattr(Bound, "leave", leave_nothing)
     it = make()
     it.engine.cache.loader.offloading._carrier.ahead = ahead  # type: ignore[attr-defined]
     request = a_request(models["sd"], offload="sequential")
@@ -404,7 +407,7 @@ def test_the_next_block_is_brought_while_one_runs(
     models: dict[str, ModelRef], make: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA, with two places."""
-    monkeypatch.setattr(_Bound, "leave", leave_nothing)
+    monkeypatch.setattr(Bound, "leave", leave_nothing)
     it, fetched = make(), list[bool]()
     offloading = it.engine.cache.loader.offloading
     offloading._carrier.ahead = True  # type: ignore[attr-defined]
