@@ -146,7 +146,7 @@ class Settings:
         "SCHEDULER",
         "DPMSolverMultistepScheduler",
         _text,
-        "the default scheduler; gives way to the model's own where it does not fit",
+        "the default scheduler, a class or a name like Euler a; gives way to the model's own where it does not suit",
     )
     models_dir: Path = _variable(
         "MODELS_DIR", "", _models_dir, "folder of installed models; empty: on the mounted volume, else ~/.cache"

@@ -28,6 +28,7 @@ from api.engine.peaks import Peaks
 from api.engine.pipelines import make_pipeline
 from api.engine.placement import Build, about, codec_of, placed, weights_of
 from api.engine.preview import OnPreview, Previews
+from api.engine.schedulers import refused_by
 from api.engine.staging import Stager
 from api.engine.tiers import Tiers
 from api.engine.views import view
@@ -243,7 +244,15 @@ class Engine:
             parts = placed(model, parts, used, placement)
             generator = make_generators(request.seed)
             seen = {name: view(part, self.executor, ticket, first_seed(request.seed)) for name, part in parts.items()}
-            pipe = make_pipeline(model, seen, request.pipeline, request.scheduler, request.safety_checker, generator)
+            pipe = make_pipeline(
+                model,
+                seen,
+                request.pipeline,
+                request.scheduler,
+                request.safety_checker,
+                generator,
+                request.scheduler_args,
+            )
 
             previews = None
             if request.preview is not None and on_preview is not None:
@@ -273,6 +282,8 @@ class Engine:
             except (Cancelled, torch.OutOfMemoryError):
                 raise
             except Exception as fault:
+                if refusal := refused_by(fault, request, type(model.components.get("scheduler")).__name__):
+                    raise refusal from fault
                 if not _is_of_inputs(fault, request.inputs):
                     raise
                 message = f"diffusers refused the inputs: {fault}"

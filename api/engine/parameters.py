@@ -24,7 +24,7 @@ def parameters(meta: dict[str, Any], index: int, images: int) -> str:
         lines.append(f"Negative prompt: {of_image(inputs['negative_prompt'])}")
     known = {
         "Steps": inputs.get("num_inference_steps"),
-        "Sampler": meta["SCHEDULER"],
+        "Sampler": meta.get("scheduler_alias", meta["SCHEDULER"]),
         "CFG scale": inputs.get("guidance_scale"),
         "Seed": of_image(inputs.get("seed")),
         "Denoising strength": inputs.get("strength"),

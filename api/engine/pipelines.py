@@ -5,72 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
-import weakref
-from typing import Any, TypeAlias
+from typing import Any
 
 import diffusers
 import torch
 from torch import nn
 
 from api.engine.loader import LoadedModel
-from api.errors import ApiError
-
-Generators: TypeAlias = torch.Generator | list[torch.Generator]
-
-log = logging.getLogger("api.engine")
-
-
-def make_scheduler(model: LoadedModel, name: str, generator: Generators) -> Any:
-    """A scheduler of a job's own, with the model's settings and the job's random numbers.
-
-    Raises:
-        ApiError: INVALID_SCHEDULER when the class refuses the model's settings.
-    """
-    pristine = model.schedulers.get(name)
-    if pristine is None:
-        pristine = model.schedulers[name] = _new_scheduler(model, name)
-    return seeded(copy.deepcopy(pristine), generator)  # copied in a third of the time that from_config takes
-
-
-def seeded(scheduler: Any, generator: Generators) -> Any:
-    """A scheduler that draws its noise from a job's generator, also where the pipeline hands it none.
-
-    It would draw from torch's global generator then, from which all jobs draw. Most pipelines of flow-matching models
-    hand none, and schedulers that they may be run with are stochastic by their settings.
-    """
-    if hasattr(scheduler, "noise_sampler_seed") and scheduler.noise_sampler_seed is None:
-        each = generator if isinstance(generator, list) else [generator]
-        seeds = [one.initial_seed() for one in each]
-        scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0]
-    signature = inspect.signature(scheduler.step)
-    if "generator" not in signature.parameters:
-        return scheduler
-    itself, method = weakref.ref(scheduler), type(scheduler).step
-
-    @functools.wraps(scheduler.step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        if given.arguments.get("generator") is None and given.arguments.get("variance_noise") is None:
-            given.arguments["generator"] = generator
-        return method(itself(), *given.args, **given.kwargs)
-
-    del step.__wrapped__  # type: ignore[attr-defined]  # it holds the scheduler
-    step.__signature__ = signature  # type: ignore[attr-defined]  # pipelines look what it takes
-    scheduler.step = step
-    return scheduler
-
-
-def _new_scheduler(model: LoadedModel, name: str) -> Any:
-    try:
-        return getattr(diffusers, name).from_config(model.components["scheduler"].config)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as fault:
-        raise ApiError(
-            "INVALID_SCHEDULER",
-            f"{name} does not work with {model.ref.model_id}: {fault}",
-            field="callInputs.SCHEDULER",
-            requested=name,
-        ) from fault
+from api.engine.schedulers import Generators, make_scheduler, seeded
 
 
 def make_pipeline(
@@ -80,6 +22,7 @@ def make_pipeline(
     scheduler: str,
     safety_checker: bool,
     generator: Generators,
+    scheduler_args: dict[str, Any] | None = None,
 ) -> diffusers.DiffusionPipeline:
     """A pipeline object for one job: views of the model's modules, a scheduler of its own.
 
@@ -92,6 +35,7 @@ def make_pipeline(
         scheduler: a diffusers scheduler class.
         safety_checker: keep the model's safety checker, where it has one.
         generator: the job's random numbers.
+        scheduler_args: over the settings of the model's own scheduler.
     """
     cls = _on_one_device(getattr(diffusers, name))
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
@@ -99,7 +43,7 @@ def make_pipeline(
     for key, part in parts.items():  # a prior's, which is not to be chosen: schedulers count their steps
         if isinstance(part, diffusers.SchedulerMixin):
             parts[key] = seeded(copy.deepcopy(part), generator)
-    parts["scheduler"] = make_scheduler(model, scheduler, generator)
+    parts["scheduler"] = make_scheduler(model, scheduler, generator, scheduler_args)
     if not safety_checker or parts.get("safety_checker") is None:
         if "safety_checker" in accepted:
             parts["safety_checker"] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class InstalledModel(msgspec.Struct, frozen=True):
         bytes: size of its weights on disk.
         key: its name on the volume; empty for a folder that was put there by hand.
         source: where it was fetched from, without credentials; empty for such a folder.
+        predicts: what its denoiser computes: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
     """
 
     model_id: str
@@ -46,6 +48,7 @@ class InstalledModel(msgspec.Struct, frozen=True):
     bytes: int
     key: str = ""
     source: str = ""
+    predicts: str = "epsilon"
 
 
 def is_model(folder: Path) -> bool:
@@ -113,7 +116,16 @@ def _read(model_id: str, folder: Path, revision: str, key: str, source: str) -> 
         bytes=sum(p.stat().st_size for p in files if p.suffix in _WEIGHTS),
         key=key,
         source=source,
+        predicts=_predicts(folder, components["scheduler"][1]),
     )
+
+
+def _predicts(folder: Path, scheduler: str) -> str:
+    path = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # Infinity is not for msgspec
+    if "Flow" in scheduler or settings.get("use_flow_sigmas") is True:
+        return "flow_prediction"
+    return str(settings.get("prediction_type") or "epsilon")
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

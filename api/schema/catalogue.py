@@ -34,15 +34,12 @@ class Catalogue(msgspec.Struct, frozen=True):
         families: family name to pipeline class by task.
         pipelines: pipeline class to its inputs.
         pipeline_names: every pipeline class there is.
-        schedulers: scheduler class to the classes that can take over its configuration; empty where
-            the class needs a library that is not installed.
     """
 
     diffusers: str
     families: dict[str, dict[str, str]]
     pipelines: dict[str, dict[str, Input]]
     pipeline_names: list[str]
-    schedulers: dict[str, list[str]]
 
     def tasks_of(self, model_class: str) -> dict[str, str]:
         """Pipeline classes by task that a model saved as ``model_class`` can be run with."""

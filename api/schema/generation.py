@@ -65,6 +65,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         offload: ``auto``; ``none``: the model is held as it is, whether the request fits so or not; ``model`` or
             ``sequential``: its weights stay in the host's memory, by parts or blocks.
         low_vram: take as little of the device's memory as can be.
+        scheduler_args: arguments of the scheduler's class, over the settings of the model's own.
     """
 
     id: str
@@ -84,6 +85,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     preview: int | None = None
     offload: str = "auto"
     low_vram: bool = False
+    scheduler_args: dict[str, Any] = {}
 
 
 class GenerationResult(msgspec.Struct):

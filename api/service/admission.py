@@ -19,10 +19,11 @@ from api.schema.catalogue import Input, catalogue
 from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture
 from api.schema.transfers import Transfer
 from api.service import inputs as checks
-from api.service.choices import check_early, check_preview, choose_image_format, choose_pipeline, choose_scheduler
+from api.service.choices import check_early, check_preview, choose_image_format, choose_pipeline
 from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
 from api.service.pictures import read_picture
+from api.service.schedulers import Scheduler, choose_scheduler
 from api.settings import Settings
 
 _MAX_DRAWN_SEED = 2**32
@@ -45,7 +46,7 @@ class _Draft:
     ref: ModelRef
     requested: str
     pipeline: str
-    scheduler: str
+    scheduler: Scheduler
     image_format: str
     quality: int
     accepted: dict[str, Input]
@@ -252,7 +253,8 @@ class Admission:
             "MODEL_REVISION": ref.revision if source.is_plain else source.revision,
             "MODEL_PRECISION": ref.precision,
             "PIPELINE": draft.requested,
-            "SCHEDULER": draft.scheduler,
+            "SCHEDULER": draft.scheduler.name,
+            **_told(draft.scheduler),
             "pipeline": draft.pipeline,
             "modelInputs": repeat,
             "image_format": draft.image_format,
@@ -278,7 +280,7 @@ class Admission:
             request_id=request_id,
             model=ref,
             pipeline=draft.pipeline,
-            scheduler=draft.scheduler,
+            scheduler=draft.scheduler.name,
             inputs=plain,
             pictures=pictures,
             seed=seed,
@@ -291,6 +293,7 @@ class Admission:
             preview=options.get("preview"),
             offload=self._offload(options, low_vram),
             low_vram=low_vram,
+            scheduler_args=draft.scheduler.args,
         )
 
     def _offload(self, options: dict[str, Any], low_vram: bool) -> str:
@@ -314,6 +317,12 @@ class Admission:
             return await read_picture(given[name], f"modelInputs.{old}", mode, is_url, self._settings)
 
         return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+
+def _told(scheduler: Scheduler) -> dict[str, Any]:
+    """What ``$meta`` says of a scheduler beyond its class."""
+    told = {"scheduler_args": scheduler.args, "scheduler_alias": scheduler.alias, "scheduler_note": scheduler.note}
+    return {name: value for name, value in told.items() if value}
 
 
 def _fill_size(

@@ -1,4 +1,4 @@
-"""What a request chooses by name: pipeline, scheduler, image format; what it gets, or what there is instead."""
+"""What a request chooses by name: pipeline, image format; what it gets, or what there is instead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from api.errors import ApiError
 from api.models.description import InstalledModel
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, catalogue, nearest
 from api.service import inputs as checks
+from api.service.schedulers import check_name
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -42,35 +43,6 @@ def choose_pipeline(
         field="callInputs.PIPELINE",
         requested=named,
         available=allowed,
-    )
-
-
-def choose_scheduler(options: dict[str, Any], model: InstalledModel, default: str) -> str:
-    """The class of the scheduler.
-
-    Raises:
-        ApiError: NO_SUCH_SCHEDULER, INVALID_SCHEDULER.
-    """
-    known = catalogue().schedulers
-    compatible = [name for name in known.get(model.scheduler, []) if known.get(name)] or [model.scheduler]
-    named = options.get("SCHEDULER")
-    if named is None:
-        return default if default in compatible else model.scheduler
-    if named in compatible:
-        return str(named)
-    if named not in known:
-        message = f"diffusers {catalogue().diffusers} has no such scheduler.{nearest(named, compatible)}"
-        raise ApiError(
-            "NO_SUCH_SCHEDULER", message, field="callInputs.SCHEDULER", requested=named, available=compatible
-        )
-    fits = f"cannot take over the settings of {model.scheduler}, which {model.model_id} was saved with"
-    why = fits if known[named] else "needs a library that is not installed"
-    raise ApiError(
-        "INVALID_SCHEDULER",
-        f"{named} {why}.",
-        field="callInputs.SCHEDULER",
-        requested=named,
-        available=compatible,
     )
 
 
@@ -119,9 +91,8 @@ def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
         hint = nearest(pipeline, [*AUTO, *known.pipeline_names])
         message = f"diffusers {known.diffusers} has no such pipeline.{hint}"
         raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=pipeline)
-    if scheduler and scheduler not in known.schedulers:
-        message = f"diffusers {known.diffusers} has no such scheduler.{nearest(scheduler, list(known.schedulers))}"
-        raise ApiError("NO_SUCH_SCHEDULER", message, field="callInputs.SCHEDULER", requested=scheduler)
+    if scheduler:
+        check_name(scheduler)
     names = {name for accepted in known.pipelines.values() for name in accepted}
     for name in model_inputs:
         if name not in names and name not in checks.ALIASES and name not in checks.OURS:

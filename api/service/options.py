@@ -82,6 +82,17 @@ def whole(meaning: str, default: str, example: int, low: int, high: int) -> Opti
     return Option(kind=f"integer, {low}–{high}", meaning=meaning, default=default, example=example, check=check)
 
 
+def names(meaning: str, default: str, example: dict[str, Any], most: int = 64) -> Option:
+    """An option that is an object: names, and a value for each."""
+
+    def check(value: Any, field: str, meaning: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or len(value) > most:
+            raise _invalid(field, f"Must be an object of at most {most} names: {meaning}.", value)
+        return value
+
+    return Option(kind="object", meaning=meaning, default=default, example=example, check=check)
+
+
 def _preview(value: Any, field: str, meaning: str) -> int | None:
     """After how many steps, as ``GenerationRequest.preview``."""
     if isinstance(value, bool):
@@ -115,7 +126,14 @@ OPTIONS: dict[str, Option] = {
         "a diffusers pipeline class, or one of the AutoPipelines", "what the request holds decides",
         "StableDiffusionImg2ImgPipeline",
     ),
-    "SCHEDULER": text("a diffusers scheduler class", _SERVERS, "EulerDiscreteScheduler"),
+    "SCHEDULER": text(
+        "a diffusers scheduler class, or the name that AUTOMATIC1111 has for one with settings: `GET /schedulers`",
+        _SERVERS, "DPM++ 2M Karras",
+    ),
+    "scheduler_args": names(
+        "arguments of that class, over the settings that the model was saved with", "none",
+        {"use_karras_sigmas": True, "timestep_spacing": "trailing"},
+    ),
     "safety_checker": flag("run the model's safety checker, where it has one", "`true`", False),
     "is_url": flag("`image`, `mask_image` and `init_image` are URLs"),
     "image_format": text("`PNG`, `JPEG` or `WEBP`", "`PNG`", "JPEG"),

@@ -24,6 +24,7 @@ from api.service.dispatch import Dispatcher
 from api.service.fetcher import Fetcher
 from api.service.jobs import Job, JobState
 from api.service.later import Later
+from api.service.schedulers import check_name
 from api.settings import Settings
 
 log = logging.getLogger("api.service")
@@ -53,10 +54,12 @@ class Service:
         settings: the container's configuration.
 
     Raises:
-        ApiError: MODEL_ID or one of WARM_MODELS cannot be had, as far as that can be said without a network.
+        ApiError: MODEL_ID or one of WARM_MODELS cannot be had, as far as that can be said without a network; there is
+            no such SCHEDULER.
     """
 
     def __init__(self, settings: Settings) -> None:
+        check_name(settings.scheduler)
         self.settings = settings
         self.library = Library(settings)
         names = devices(settings)

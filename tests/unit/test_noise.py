@@ -15,9 +15,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from api.engine.calls import Ticket
 from api.engine.executor import Executor
 from api.engine.noise import Seeded
-from api.engine.pipelines import make_pipeline, make_scheduler, seeded
+from api.engine.pipelines import make_pipeline
+from api.engine.schedulers import make_scheduler, seeded
 from api.engine.views import view
-from api.schema.catalogue import catalogue
+from api.schema.schedulers import scheduler_classes
+from api.service.schedulers import is_missing
 from tests.unit.test_merging import sd, vae
 
 
@@ -90,8 +92,8 @@ def test_what_a_pipeline_hands_over_is_what_is_drawn_from() -> None:
 def test_no_scheduler_draws_without_a_generator_and_a_seed() -> None:
     """One that diffusers adds and that takes neither is seen here."""
     known = {"AmusedScheduler", "VQDiffusionScheduler", "ScoreSdeVeScheduler"}  # not for images from noise
-    for name, compatible in catalogue().schedulers.items():
-        if not compatible or name in known:
+    for name, found in scheduler_classes().items():
+        if is_missing(found) or name in known:
             continue
         cls = getattr(diffusers, name)
         source = inspect.getsource(cls.step)
