@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 
 from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran, is_short
 from api.engine.attention import components_with
 from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
+from api.engine.calling import call, images_of, to_pil, to_uint8
 from api.engine.calls import Cancelled, Ticket
 from api.engine.device import Device, is_fatal
 from api.engine.executor import Executor
@@ -33,7 +33,7 @@ from api.engine.staging import Stager
 from api.engine.tiers import Tiers
 from api.engine.views import view
 from api.errors import ApiError
-from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture
+from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef
 from api.schema.messages import Planned
 
 log = logging.getLogger("api.engine")
@@ -269,26 +269,19 @@ class Engine:
                     previews.after(step + 1, total, tensors.get("latents"))
                 return {}
 
-            arguments: dict[str, Any] = {
-                **request.inputs,
-                **{name: to_pil(picture) for name, picture in request.pictures.items()},
-                "generator": generator,
-                "callback_on_step_end": after_step,
-                # cropping around a mask pastes the result back with Pillow
-                "output_type": "pil" if request.inputs.get("padding_mask_crop") is not None else "pt",
-            }
+            arguments = {**request.inputs, **to_pil(request.pictures)}
             try:
-                out = pipe(**arguments)
+                out = call(pipe, arguments, generator, after_step)
             except (Cancelled, torch.OutOfMemoryError):
                 raise
             except Exception as fault:
                 if refusal := refused_by(fault, request, type(model.components.get("scheduler")).__name__):
                     raise refusal from fault
-                if not _is_of_inputs(fault, request.inputs):
+                if not _is_of_inputs(fault, request):
                     raise
                 message = f"diffusers refused the inputs: {fault}"
                 raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
-            images = to_uint8(out.images)
+            images = to_uint8(images_of(out))
         flags = getattr(out, "nsfw_content_detected", None)
         return Ran(images, [bool(flag) for flag in flags] if flags is not None else None, model.dtype, used, placement)
 
@@ -326,30 +319,18 @@ def first_seed(seed: int | list[int]) -> int:
     return seed[0] if isinstance(seed, list) else seed
 
 
-def to_pil(picture: Picture) -> PIL.Image.Image:
-    """A decoded picture as the pipelines take it."""
-    return PIL.Image.frombytes(picture.mode, (picture.width, picture.height), picture.pixels)
-
-
-def to_uint8(images: torch.Tensor | list[PIL.Image.Image]) -> np.ndarray:
-    """What a pipeline gave to uint8 (N, H, W, 3).
-
-    Args:
-        images: float (N, 3, H, W) in [0, 1], rounded where the tensor is: the same values as
-            diffusers' own ``numpy_to_pil`` without its detour over float32 arrays. Or pictures.
-    """
-    if isinstance(images, list):
-        return np.stack([np.asarray(image.convert("RGB")) for image in images])
-    scaled = images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-_RARE = frozenset({"timesteps", "sigmas", "cross_attention_kwargs", "clip_skip", "padding_mask_crop"})
+_RARE = frozenset(
+    {
+        "timesteps", "sigmas", "cross_attention_kwargs", "clip_skip", "padding_mask_crop", "class_labels",
+        "control_mode", "text_encoder_out_layers", "token_indices", "skip_guidance_layers", "return_index",
+        "temperature",
+    }
+)  # fmt: skip
 """Inputs that reach deep into a pipeline, where a wrong value fails in any way at all."""
 
 
-def _is_of_inputs(fault: Exception, inputs: dict[str, Any]) -> bool:
-    """Whether the client's inputs are to blame: diffusers says so, or they hold something rare.
+def _is_of_inputs(fault: Exception, request: GenerationRequest) -> bool:
+    """Whether the client's inputs are to blame: diffusers says so, or they hold something rare, or several pictures.
 
     A device that was lost is nobody's fault here, whatever the inputs hold: the worker has to end.
     """
@@ -358,7 +339,8 @@ def _is_of_inputs(fault: Exception, inputs: dict[str, Any]) -> bool:
     if isinstance(fault, ValueError | TypeError | NotImplementedError):
         return True
     deep = isinstance(fault, LookupError | AttributeError | RuntimeError)
-    return deep and any(inputs.get(name) is not None for name in _RARE)
+    several = any(isinstance(found, list) for found in request.pictures.values())
+    return deep and (several or any(request.inputs.get(name) is not None for name in _RARE))
 
 
 def _ms(began: float) -> int:

@@ -32,7 +32,7 @@ def make_pipeline(
         model: whose configuration and scheduler are taken.
         components: its parts, as this job sees them.
         name: a diffusers pipeline class.
-        scheduler: a diffusers scheduler class.
+        scheduler: a diffusers scheduler class; empty: the model's several, as they are.
         safety_checker: keep the model's safety checker, where it has one.
         generator: the job's random numbers.
         scheduler_args: over the settings of the model's own scheduler.
@@ -43,7 +43,11 @@ def make_pipeline(
     for key, part in parts.items():  # a prior's, which is not to be chosen: schedulers count their steps
         if isinstance(part, diffusers.SchedulerMixin):
             parts[key] = seeded(copy.deepcopy(part), generator)
-    parts["scheduler"] = make_scheduler(model, scheduler, generator, scheduler_args)
+    if scheduler:
+        parts["scheduler"] = make_scheduler(model, scheduler, generator, scheduler_args)
+    for key in cls._optional_components:
+        if key in accepted:  # models saved by another class do not name them
+            parts.setdefault(key, None)
     if not safety_checker or parts.get("safety_checker") is None:
         if "safety_checker" in accepted:
             parts["safety_checker"] = None

@@ -24,7 +24,7 @@ from api.engine.cloning import clone
 from api.engine.loader import LoadedModel
 from api.engine.peaks import About
 from api.errors import nothing_to_offload
-from api.schema.generation import WEIGHTS, GenerationRequest
+from api.schema.generation import WEIGHTS, GenerationRequest, each_picture
 
 log = logging.getLogger("api.engine")
 
@@ -242,7 +242,7 @@ def size_of(request: GenerationRequest) -> tuple[int, ...]:
     size = request.inputs.get("width"), request.inputs.get("height")
     if None not in size:
         return size  # type: ignore[return-value]
-    return next(((picture.width, picture.height) for picture in request.pictures.values()), ())
+    return next(((picture.width, picture.height) for picture in each_picture(request.pictures)), ())
 
 
 def about(build: Build, request: GenerationRequest, placement: str) -> About:

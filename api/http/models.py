@@ -11,10 +11,10 @@ from sanic.response import HTTPResponse, json
 
 from api.http.native import parse_object
 from api.models.description import InstalledModel
-from api.schema.catalogue import catalogue
 from api.schema.generation import ModelRef
 from api.schema.messages import Held
 from api.service import memory
+from api.service.fitting import pipelines_of
 from api.service.service import Service
 
 _TIERS = ("device", "host", "disk")
@@ -95,7 +95,7 @@ def _on_disk(service: Service, model: InstalledModel, residence: dict[str, Any])
         "bytes": {"disk": model.bytes, **residence["bytes"]},
         "class": model.class_name,
         "scheduler": model.scheduler,
-        "pipelines": sorted(catalogue().tasks_of(model.class_name).values()),
+        "pipelines": pipelines_of(model),
         "default": model.model_id == service.settings.model_id,
     }
 

@@ -15,6 +15,8 @@ _WHOLE_FILE = 16 * 2**20
 _SAMPLES, _SAMPLE = 16, 64 * 2**10
 _LARGEST_FACTOR, _LARGEST_SAMPLE = 256, 2**16
 _WEIGHTS = (".safetensors", ".bin")
+_CODECS = ("vae", "movq", "vqvae", "vqgan")
+_EVEN = ("UNet2DConditionModel", "FluxTransformer2DModel", "CogView4Transformer2DModel")
 
 
 class InstalledModel(msgspec.Struct, frozen=True):
@@ -26,7 +28,7 @@ class InstalledModel(msgspec.Struct, frozen=True):
         revision: the commit, ETag or digest it was installed from, or a fingerprint of its files.
         class_name: the pipeline class it was saved as.
         components: names of the parts that are there.
-        scheduler: class name of the model's own scheduler.
+        scheduler: class name of the model's own scheduler; empty for a model that has several, by other names.
         size_multiple: widths and heights must be divisible by this.
         text_layers: hidden layers of its (first) text encoder, 0 without one.
         default_size: side length in pixels it makes when none is asked for, where known.
@@ -34,6 +36,8 @@ class InstalledModel(msgspec.Struct, frozen=True):
         key: its name on the volume; empty for a folder that was put there by hand.
         source: where it was fetched from, without credentials; empty for such a folder.
         predicts: what its denoiser computes: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
+        parts: every part that its index names, with its class; an empty one where there is none.
+        takes_picture: its denoiser takes a picture beside the latents, as those for inpainting and instructions do.
     """
 
     model_id: str
@@ -49,6 +53,8 @@ class InstalledModel(msgspec.Struct, frozen=True):
     key: str = ""
     source: str = ""
     predicts: str = "epsilon"
+    parts: dict[str, str] = {}
+    takes_picture: bool = False
 
 
 def is_model(folder: Path) -> bool:
@@ -85,18 +91,18 @@ def describe(model_id: str, folder: Path, *, revision: str = "", key: str = "", 
 
 def _read(model_id: str, folder: Path, revision: str, key: str, source: str) -> InstalledModel:
     index = msgspec.json.decode((folder / "model_index.json").read_bytes(), type=dict[str, Any])
-    components = {
-        name: value
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value != [None, None]
-    }
+    if not isinstance(index["_class_name"], str):
+        raise TypeError("its pipeline is code of its own, which is not run here")
+    named = {name: value for name, value in index.items() if not name.startswith("_") and isinstance(value, list)}
+    components = {name: value for name, value in named.items() if value != [None, None]}
     for name, (_, class_name) in components.items():
         if not isinstance(class_name, str):
             raise TypeError(f"{name} names no class")
         if not (folder / name).is_dir():
             raise ValueError(f"{name} ({class_name}) is missing")
-    vae = _config(folder, "vae/config.json")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else 8
+    if not any(name.endswith("scheduler") for name in components):
+        raise ValueError("it has no scheduler")
+    factor, patch = _factor(folder, components)
     if factor > _LARGEST_FACTOR:
         raise ValueError("its vae shrinks pictures beyond use")
     denoiser = _config(folder, "transformer/config.json") or _config(folder, "unet/config.json")
@@ -108,15 +114,17 @@ def _read(model_id: str, folder: Path, revision: str, key: str, source: str) -> 
         revision=revision or _fingerprint(folder, files),
         class_name=index["_class_name"],
         components=frozenset(components),
-        scheduler=components["scheduler"][1],
+        scheduler=components["scheduler"][1] if "scheduler" in components else "",
         # a transformer works on 2x2 patches of latents; a UNet pipeline asks for multiples of 8
-        size_multiple=factor * 2 if "transformer" in components else max(8, factor),
+        size_multiple=factor * patch if "transformer" in components else max(8, factor),
         text_layers=int(_config(folder, "text_encoder/config.json").get("num_hidden_layers", 0)),
         default_size=sample * factor if isinstance(sample, int) and 0 < sample < _LARGEST_SAMPLE else None,
         bytes=sum(p.stat().st_size for p in files if p.suffix in _WEIGHTS),
         key=key,
         source=source,
-        predicts=_predicts(folder, components["scheduler"][1]),
+        predicts=_predicts(folder, components.get("scheduler", ("", ""))[1]),
+        parts={name: value[1] or "" for name, value in named.items() if len(value) == 2},
+        takes_picture=_takes_picture(denoiser),
     )
 
 
@@ -126,6 +134,25 @@ def _predicts(folder: Path, scheduler: str) -> str:
     if "Flow" in scheduler or settings.get("use_flow_sigmas") is True:
         return "flow_prediction"
     return str(settings.get("prediction_type") or "epsilon")
+
+
+def _factor(folder: Path, components: dict[str, Any]) -> tuple[int, int]:
+    """How many times smaller than its images a model's latents are; side of a transformer's patch of them."""
+    codec = next((name for name in _CODECS if name in components), None)
+    if codec is None and components.keys() & {"unet", "transformer"}:
+        return 1, 2
+    config = _config(folder, f"{codec}/config.json") if codec else {}
+    if "encoder_block_out_channels" in config:  # the deep compression autoencoder of Sana
+        return 2 ** (len(config["encoder_block_out_channels"]) - 1), 1
+    return 2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else 8, 2
+
+
+def _takes_picture(denoiser: dict[str, Any]) -> bool:
+    """Of those families whose denoisers otherwise give as many channels as they take."""
+    given, taken = denoiser.get("out_channels"), denoiser.get("in_channels")
+    if denoiser.get("_class_name") not in _EVEN or not isinstance(taken, int) or not isinstance(given, int):
+        return False
+    return taken > given
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

@@ -20,10 +20,37 @@ AUTO_FOR_TASK = {task: name for name, task in AUTO.items()}
 
 
 class Input(msgspec.Struct, frozen=True):
-    """One argument of a pipeline: JSON types it admits, and its default."""
+    """One argument of a pipeline: JSON types it admits, its default, and whether it cannot be left out."""
 
     types: tuple[str, ...]
     default: Any = None
+    required: bool = False
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is an image, or a list of images."""
+        return "image" in self.types or "images" in self.types
+
+
+class Build(msgspec.Struct, frozen=True):
+    """What a pipeline class is built from.
+
+    Attributes:
+        required: components that a model has to name, each with the classes it may have where that is told.
+        nullable: those of them that may be named without being there.
+        optional: components that it can do without.
+        needs: components that requests bring, such as ``controlnet``; some are among ``required``.
+    """
+
+    required: dict[str, tuple[str, ...]]
+    nullable: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def accepts(self) -> frozenset[str]:
+        """Every component that it takes."""
+        return frozenset((*self.required, *self.optional))
 
 
 class Catalogue(msgspec.Struct, frozen=True):
@@ -32,14 +59,21 @@ class Catalogue(msgspec.Struct, frozen=True):
     Attributes:
         diffusers: the version it was made from.
         families: family name to pipeline class by task.
-        pipelines: pipeline class to its inputs.
-        pipeline_names: every pipeline class there is.
+        pipelines: class of each pipeline that can be run, to its inputs.
+        builds: the same, to what it is built from.
+        refused: class of each pipeline that cannot be run, to a sentence that says why.
     """
 
     diffusers: str
     families: dict[str, dict[str, str]]
     pipelines: dict[str, dict[str, Input]]
-    pipeline_names: list[str]
+    builds: dict[str, Build]
+    refused: dict[str, str]
+
+    @property
+    def pipeline_names(self) -> list[str]:
+        """Every pipeline class there is."""
+        return [*self.pipelines, *self.refused]
 
     def tasks_of(self, model_class: str) -> dict[str, str]:
         """Pipeline classes by task that a model saved as ``model_class`` can be run with."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -43,6 +44,16 @@ class Picture(msgspec.Struct, frozen=True):
     sha256: str
 
 
+Pictures: TypeAlias = dict[str, Picture | list[Picture]]
+"""Input images by the name of the argument."""
+
+
+def each_picture(pictures: Pictures) -> Iterator[Picture]:
+    """All of them, in their order."""
+    for found in pictures.values():
+        yield from [found] if isinstance(found, Picture) else found
+
+
 class GenerationRequest(msgspec.Struct, frozen=True):
     """The validated description of one generation. Every dialect ends in it.
 
@@ -74,7 +85,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     pipeline: str
     scheduler: str
     inputs: dict[str, Any]
-    pictures: dict[str, Picture]
+    pictures: Pictures
     seed: int | list[int]
     images: int
     image_format: str

@@ -16,7 +16,7 @@ from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef, read_ref
 from api.schema.catalogue import Input, catalogue
-from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture
+from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture, Pictures, each_picture
 from api.schema.transfers import Transfer
 from api.service import inputs as checks
 from api.service.choices import check_early, check_preview, choose_image_format, choose_pipeline
@@ -113,7 +113,7 @@ class Admission:
             message = "Previews are events, and this answer has none: send streamEvents as well, or a job for later."
             raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
         ref = self.source_ref(options)
-        pictures: dict[str, Picture] = {}
+        pictures: Pictures = {}
 
         async def check(model: InstalledModel) -> _Draft:
             return await self._checked(model, options, model_inputs, ref, pictures)
@@ -165,7 +165,7 @@ class Admission:
             ApiError: the first thing that is wrong; where nothing is fetched, that the model is not here.
         """
         options = check_options(call_inputs)
-        ref, pictures = self.source_ref(options), dict[str, Picture]()
+        ref, pictures = self.source_ref(options), Pictures()
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         if model is None:
             check_early(options, model_inputs)
@@ -181,14 +181,15 @@ class Admission:
         options: dict[str, Any],
         model_inputs: dict[str, Any],
         ref: SourceRef,
-        pictures: dict[str, Picture],
+        pictures: Pictures,
     ) -> _Draft:
         """Everything that can be said of a request with its model's configuration; fills in its pictures."""
         draft = self._check(model, options, model_inputs, ref)
         if not pictures:  # read once, also where it is checked before the model is fetched and after
             pictures.update(await self._pictures(draft, model_inputs))
-        _fill_size(draft.given, draft.accepted, model, pictures.get("image"))
+        _fill_size(draft, pictures)
         checks.check_size(draft.given, model, self._settings)
+        checks.sides(draft.given, pictures, draft.pipeline, self._settings)
         return draft
 
     def source_ref(self, options: dict[str, Any]) -> SourceRef:
@@ -241,12 +242,10 @@ class Admission:
             callback_steps=callback_steps,
         )
 
-    def _complete(
-        self, request_id: str, draft: _Draft, pictures: dict[str, Picture], source: SourceRef
-    ) -> GenerationRequest:
+    def _complete(self, request_id: str, draft: _Draft, pictures: Pictures, source: SourceRef) -> GenerationRequest:
         options, given, ref, seed = draft.options, draft.given, draft.ref, draft.seed
-        plain = {name: value for name, value in given.items() if name not in checks.IMAGES}
-        repeat = {**plain, "seed": seed, **{name: f"sha256:{picture.sha256}" for name, picture in pictures.items()}}
+        plain = {name: value for name, value in given.items() if not draft.accepted[name].is_picture}
+        repeat = {**plain, "seed": seed, **{name: _named(found) for name, found in pictures.items()}}
         meta = {
             "MODEL_ID": ref.model_id,
             # what lies at a URL has no revision that could be asked for; source_version says what it was
@@ -304,19 +303,22 @@ class Admission:
             raise nothing_to_offload(asked)
         return asked or ("none" if self._settings.offload == "none" and not low_vram else "auto")
 
-    async def _pictures(self, draft: _Draft, model_inputs: dict[str, Any]) -> dict[str, Picture]:
+    async def _pictures(self, draft: _Draft, model_inputs: dict[str, Any]) -> Pictures:
         given, is_url = draft.given, bool(draft.options.get("is_url"))
-        names = [name for name in draft.accepted if name in checks.IMAGES]
-        for name in names:
-            if given.get(name) is None:
-                raise ApiError("MISSING_INPUT", "This pipeline needs an image.", field=f"modelInputs.{name}")
+        names = [name for name, spec in draft.accepted.items() if spec.is_picture and given.get(name) is not None]
 
-        async def one(name: str) -> Picture:
+        async def one(name: str, value: str, number: str) -> Picture:
             old = next((o for o, new in checks.ALIASES.items() if new == name and o in model_inputs), name)
-            mode = "L" if name == "mask_image" else "RGB"
-            return await read_picture(given[name], f"modelInputs.{old}", mode, is_url, self._settings)
+            mode = "L" if name in checks.MASKS else "RGB"
+            return await read_picture(value, f"modelInputs.{old}{number}", mode, is_url, self._settings)
 
-        return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+        async def every(name: str) -> Picture | list[Picture]:
+            value = given[name]
+            if isinstance(value, str):
+                return await one(name, value, "")
+            return await asyncio.gather(*(one(name, item, f"[{number}]") for number, item in enumerate(value)))
+
+        return dict(zip(names, await asyncio.gather(*map(every, names)), strict=True))
 
 
 def _told(scheduler: Scheduler) -> dict[str, Any]:
@@ -325,13 +327,23 @@ def _told(scheduler: Scheduler) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value}
 
 
-def _fill_size(
-    given: dict[str, Any], accepted: dict[str, Input], model: InstalledModel, picture: Picture | None
-) -> None:
+def _named(found: Picture | list[Picture]) -> str | list[str]:
+    """Pictures as ``$meta`` tells them."""
+    if isinstance(found, Picture):
+        return f"sha256:{found.sha256}"
+    return [f"sha256:{picture.sha256}" for picture in found]
+
+
+def _fill_size(draft: _Draft, pictures: Pictures) -> None:
     """Width and height where none were sent: the picture's, else the model's own.
 
-    Diffusers would squash a picture into the model's own size.
+    Diffusers would squash a picture into the model's own size. Pipelines that edit, or take pictures for reference,
+    choose a size by their picture themselves.
     """
+    given, accepted, model = draft.given, draft.accepted, draft.model
+    picture = next(each_picture({"image": pictures["image"]}), None) if "image" in pictures else None
+    if picture and (not accepted["image"].required or "Edit" in draft.pipeline):
+        return
     multiple = model.size_multiple
     for name, side in (("width", picture and picture.width), ("height", picture and picture.height)):
         if name in accepted and given.get(name) is None:

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from api.errors import ApiError
 from api.models.description import InstalledModel
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, catalogue, nearest
 from api.service import inputs as checks
+from api.service.fitting import misfit, pipelines_of
 from api.service.schedulers import check_name
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def choose_pipeline(
-    options: dict[str, Any], model_inputs: dict[str, Any], model: InstalledModel, default: str
+    options: dict[str, Any],
+    model_inputs: dict[str, Any],
+    model: InstalledModel,
+    default: str,
+    given: Set[str] = frozenset(),
 ) -> tuple[str, str]:
     """What to call the pipeline in ``$meta``, and its class.
+
+    Args:
+        options: the checked ``callInputs``.
+        model_inputs: as they were sent: a picture, or a mask, decides where nothing was asked for.
+        model: what its configuration says of it.
+        default: the server's pipeline.
+        given: components that the request brings, such as ``controlnet``.
 
     Raises:
         ApiError: NO_SUCH_PIPELINE, PIPELINE_NOT_SUPPORTED.
     """
-    tasks = catalogue().tasks_of(model.class_name)
+    known, own = catalogue(), model.class_name
+    tasks = {task: name for task, name in known.tasks_of(own).items() if misfit(model, name, given) is None}
     named = options.get("PIPELINE")
     if (named or default) in ("ALL", "AutoPipelineForText2Image") and not (named and named != "ALL"):
-        # nothing was asked for: what the request holds decides
-        has_image = any(model_inputs.get(name) for name in ("image", "init_image", "input_image"))
-        task = "inpaint" if model_inputs.get("mask_image") else "image2image" if has_image else "text2image"
-        named = AUTO_FOR_TASK[task]
+        named = _by_content(model_inputs, tasks, own)
     named = named or default
-    allowed = [*(auto for auto, task in AUTO.items() if task in tasks), *tasks.values()]
     if named in AUTO and AUTO[named] in tasks:
         return named, tasks[AUTO[named]]
-    if named in tasks.values():
+    reason = misfit(model, named, given)
+    if reason is None:
         return named, named
-    if named not in AUTO and named not in catalogue().pipeline_names:
-        message = f"diffusers {catalogue().diffusers} has no such pipeline.{nearest(named, allowed)}"
+    allowed = [*(auto for auto, task in AUTO.items() if task in tasks), *pipelines_of(model, given)]
+    if named not in AUTO and named not in known.pipeline_names:
+        message = f"diffusers {known.diffusers} has no such pipeline.{nearest(named, allowed)}"
         raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=named, available=allowed)
+    if named in AUTO:
+        reason = misfit(model, own, given) or "Its family has no pipeline for that."
     raise ApiError(
         "PIPELINE_NOT_SUPPORTED",
-        f"{model.model_id} is a {model.class_name}; {named} cannot be built from it.",
+        f"{model.model_id} is a {own}; {named} cannot be built from it. {reason}",
         field="callInputs.PIPELINE",
         requested=named,
         available=allowed,
     )
+
+
+def _by_content(model_inputs: dict[str, Any], tasks: dict[str, str], own: str) -> str:
+    """What a request that asks for no pipeline gets: by its pictures, or the model's own."""
+    has_image = any(model_inputs.get(name) for name in ("image", *checks.ALIASES))
+    task = "inpaint" if model_inputs.get("mask_image") else "image2image" if has_image else "text2image"
+    takes = catalogue().pipelines.get(own, {})
+    if task in tasks or ("mask_image" not in takes and task == "inpaint") or ("image" not in takes and has_image):
+        return AUTO_FOR_TASK[task]
+    return own
 
 
 def choose_image_format(options: dict[str, Any]) -> tuple[str, int]:
@@ -91,6 +115,9 @@ def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
         hint = nearest(pipeline, [*AUTO, *known.pipeline_names])
         message = f"diffusers {known.diffusers} has no such pipeline.{hint}"
         raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=pipeline)
+    if pipeline in known.refused:
+        message = f"{pipeline} is not run here. {known.refused[pipeline]}"
+        raise ApiError("PIPELINE_NOT_SUPPORTED", message, field="callInputs.PIPELINE", requested=pipeline)
     if scheduler:
         check_name(scheduler)
     names = {name for accepted in known.pipelines.values() for name in accepted}

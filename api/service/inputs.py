@@ -14,13 +14,16 @@ from api.settings import Settings
 
 ALIASES = {"init_image": "image", "input_image": "image"}
 """Old names of arguments. They mean the new name wherever the pipeline has it and not the old."""
-IMAGES = frozenset({"image", "mask_image"})
+MASKS = frozenset({"mask_image", "mask", "control_mask"})
+"""Pictures of which only the brightness counts."""
 OURS = frozenset({"seed", "callback_steps"})
 """Inputs that the server itself uses."""
 _MAX_SEED = 2**64 - 1
 _MAX_WHOLE = 2**63
 _MAX_DEPTH = 8
 _MAX_PROMPT = 20_000
+_MAX_PICTURES = 16
+"""Pictures under one name."""
 
 _DESCRIBED = {
     "string": "a string",
@@ -44,7 +47,40 @@ _RANGES: dict[str, tuple[float, float]] = {
     "width": (1, math.inf),
     "height": (1, math.inf),
     "padding_mask_crop": (0, 10_000),
+    "batch_size": (1, math.inf),
+    "layers": (1, math.inf),
+    "max_sequence_length": (1, 4096),
+    "tokenizer_max_length": (1, 4096),
+    "prompt_reps": (1, 100),
+    "prompt_strength": (0, 10),
+    "view_batch_size": (1, 64),
+    "parallel": (1, 64),
+    "scale_factor": (1, 1000),
+    "max_input_image_size": (64, 4096),
 }
+
+
+STEPS = (
+    "num_inference_steps",
+    "prior_num_inference_steps",
+    "decoder_num_inference_steps",
+    "super_res_num_inference_steps",
+    "max_iter_to_alter",
+    "jump_length",
+    "jump_n_sample",
+)
+"""What a pipeline does so many times."""
+AREAS = {"max_area": 1, "resolution": 2, "output_resolution": 2}
+"""What decides over an image's pixels in place of its width and height, and the power of it that they are."""
+GROWS = {
+    "LDMSuperResolutionPipeline": 4,
+    "IFImg2ImgSuperResolutionPipeline": 4,
+    "IFInpaintingSuperResolutionPipeline": 4,
+    "IFSuperResolutionPipeline": 4,
+    "StableDiffusionLatentUpscalePipeline": 2,
+    "StableDiffusionUpscalePipeline": 4,
+}
+"""How many times wider than its picture an image is."""
 
 
 def _invalid(name: str, message: str, value: Any = None) -> ApiError:
@@ -116,7 +152,7 @@ def check_inputs(model_inputs: dict[str, Any], accepted: dict[str, Input], pipel
     """
     out: dict[str, Any] = {}
     for name, value in model_inputs.items():
-        if name in OURS or (value is None and name in (*IMAGES, *ALIASES)):
+        if name in OURS or (value is None and name in ("image", "mask_image", *ALIASES)):
             continue
         if name not in accepted:
             names = [*accepted, *OURS]
@@ -129,6 +165,8 @@ def check_inputs(model_inputs: dict[str, Any], accepted: dict[str, Input], pipel
             value = _cross_attention(value)
         if not any(_fits(value, kind) for kind in types):
             raise _invalid(name, f"Must be {' or '.join(_DESCRIBED[kind] for kind in types)}.", value)
+        if accepted[name].is_picture and isinstance(value, list) and len(value) > _MAX_PICTURES:
+            raise ApiError("LIMIT_EXCEEDED", f"At most {_MAX_PICTURES} images.", field=f"modelInputs.{name}")
         out[name] = _coerce(value, types)
     return out
 
@@ -146,6 +184,25 @@ def _cross_attention(value: Any) -> Any:
             field="modelInputs.cross_attention_kwargs",
         )
     return value
+
+
+def sides(inputs: dict[str, Any], pictures: dict[str, Any], pipeline: str, settings: Settings) -> None:
+    """Check the size of what a pipeline makes larger than its picture.
+
+    Args:
+        inputs: checked.
+        pictures: decoded, by name.
+        pipeline: a class.
+        settings: the limits.
+
+    Raises:
+        ApiError: LIMIT_EXCEEDED.
+    """
+    factor, found = GROWS.get(pipeline), pictures.get("image")
+    for picture in found if isinstance(found, list) else [found] if found else []:
+        width, height = inputs.get("width") or picture.width, inputs.get("height") or picture.height
+        if factor and width * height * factor**2 > settings.max_pixels:
+            raise _limit("image", width * height * factor**2, "MAX_PIXELS", settings.max_pixels)
 
 
 def check_values(inputs: dict[str, Any], accepted: dict[str, Input], model: InstalledModel, settings: Settings) -> None:
@@ -186,6 +243,10 @@ def _check_prompts(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
     prompt, negative = inputs.get("prompt"), inputs.get("negative_prompt")
     if "prompt" in accepted and prompt is None:
         raise ApiError("MISSING_INPUT", "A prompt is needed.", field="modelInputs.prompt")
+    for name, spec in accepted.items():
+        if spec.required and inputs.get(name) is None:
+            what = "an image" if spec.is_picture else name
+            raise ApiError("MISSING_INPUT", f"This pipeline needs {what}.", field=f"modelInputs.{name}")
     for name, value in (("prompt", prompt), ("negative_prompt", negative)):
         texts = value if isinstance(value, list) else [value or ""]
         if any(len(text) > _MAX_PROMPT for text in texts):
@@ -201,8 +262,10 @@ def _check_steps(inputs: dict[str, Any], accepted: dict[str, Input], settings: S
     steps = max(custom) if custom else inputs.get("num_inference_steps") or 0
     if custom and "num_inference_steps" in inputs:
         inputs["num_inference_steps"] = steps  # what really runs, for the limit and for $meta
-    if steps > settings.max_steps:
-        raise _limit("num_inference_steps", steps, "MAX_STEPS", settings.max_steps)
+    for name in STEPS:
+        count = steps if name == "num_inference_steps" else inputs.get(name) or 0
+        if count > settings.max_steps:
+            raise _limit(name, count, "MAX_STEPS", settings.max_steps)
     strength = inputs.get("strength")
     if steps and "strength" in accepted and strength is not None and strength * steps < 1:
         raise _invalid("strength", f"Times num_inference_steps ({steps}) it must be at least 1.", strength)
@@ -219,6 +282,10 @@ def check_size(inputs: dict[str, Any], model: InstalledModel, settings: Settings
         if value is not None and value % model.size_multiple:
             fitting = max(1, round(value / model.size_multiple)) * model.size_multiple
             raise _invalid(name, f"Must be divisible by {model.size_multiple} for this model, e.g. {fitting}.", value)
+    for name, power in AREAS.items():
+        side = inputs.get(name)
+        if isinstance(side, int) and (side < 1 or side**power > settings.max_pixels):
+            raise _limit(name, side**power, "MAX_PIXELS", settings.max_pixels)
     width, height = inputs.get("width"), inputs.get("height")
     if width and height and width * height > settings.max_pixels:
         raise _limit("width", width * height, "MAX_PIXELS", settings.max_pixels)
@@ -238,7 +305,11 @@ def count_images(inputs: dict[str, Any], settings: Settings) -> int:
         ApiError: LIMIT_EXCEEDED.
     """
     prompt = inputs.get("prompt")
-    count = (len(prompt) if isinstance(prompt, list) else 1) * (inputs.get("num_images_per_prompt") or 1)
+    classes = inputs.get("class_labels")
+    several = next((len(value) for value in (prompt, classes) if isinstance(value, list)), 1)
+    count = several
+    for name in ("num_images_per_prompt", "batch_size", "layers"):
+        count *= inputs.get(name) or 1
     if count > settings.max_images:
         raise _limit("num_images_per_prompt", count, "MAX_IMAGES", settings.max_images)
     return count

@@ -13,7 +13,7 @@ from functools import cached_property
 import msgspec
 
 from api.errors import ApiError
-from api.schema.generation import GenerationRequest, GenerationResult
+from api.schema.generation import GenerationRequest, GenerationResult, each_picture
 from api.schema.messages import Generate, OnTheWay, frame
 
 
@@ -88,7 +88,7 @@ class Job:
     def fingerprint(self) -> str:
         """The same for two jobs that ask for the same."""
         request = self.request
-        pictures = {name: picture.sha256 for name, picture in request.pictures.items()}
+        pictures = {n: [p.sha256 for p in each_picture({n: found})] for n, found in request.pictures.items()}
         parts = [request.model.key, request.pipeline, request.scheduler, request.inputs, pictures, request.attention]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 

@@ -47,11 +47,13 @@ def _best(ready: list[Worker], request: GenerationRequest) -> Worker:
 
 
 def _without_pixels(request: GenerationRequest) -> GenerationRequest:
-    empty = {
-        name: Picture(picture.mode, picture.width, picture.height, b"", picture.sha256)
-        for name, picture in request.pictures.items()
-    }
-    return msgspec.structs.replace(request, pictures=empty)
+    def empty(found: Picture | list[Picture]) -> Picture | list[Picture]:
+        if isinstance(found, list):
+            return [msgspec.structs.replace(picture, pixels=b"") for picture in found]
+        return msgspec.structs.replace(found, pixels=b"")
+
+    pictures = {name: empty(found) for name, found in request.pictures.items()}
+    return msgspec.structs.replace(request, pictures=pictures)
 
 
 def _told(service: Service, request: GenerationRequest, found: Planned) -> dict[str, Any]:

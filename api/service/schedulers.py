@@ -133,6 +133,12 @@ def choose_scheduler(options: dict[str, Any], model: InstalledModel, default: st
         ApiError: NO_SUCH_SCHEDULER, INVALID_SCHEDULER, UNKNOWN_INPUT or INVALID_INPUTS.
     """
     named = options.get("SCHEDULER")
+    if not model.scheduler:
+        for option in ("SCHEDULER", "scheduler_args"):
+            if options.get(option):
+                message = f"{model.model_id} has several schedulers, which are its own."
+                raise ApiError("INVALID_SCHEDULER", message, field=f"callInputs.{option}", requested=options[option])
+        return Scheduler("", {})
     found = _default(model, default) if named is None else _named(named, model)
     sent = check_args(found.name, options["scheduler_args"]) if options.get("scheduler_args") else {}
     return found._replace(args={**found.args, **sent})

@@ -1,0 +1,111 @@
+"""Calls a pipeline with what it takes, and makes uint8 of what it gives, whatever that is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from api.engine.schedulers import Generators
+from api.schema.generation import Picture, Pictures
+
+AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""What pipelines call as ``callback_on_step_end``."""
+
+_LATENTS_AS_TENSORS = frozenset({"PRXPixelPipeline"})
+"""Pipelines that give what they were at, and no image, where a tensor is asked for."""
+
+
+def call(pipe: Any, arguments: dict[str, Any], generator: Generators, after_step: AfterStep) -> Any:
+    """Run a pipeline.
+
+    Args:
+        pipe: a job's own.
+        arguments: what the client sent, pictures as Pillow has them.
+        generator: the job's random numbers.
+        after_step: called after each step, where the pipeline tells of them.
+
+    Returns:
+        What the pipeline gives.
+    """
+    taken = inspect.signature(type(pipe).__call__).parameters
+    ours: dict[str, Any] = {"generator": generator, "output_type": output_type(type(pipe), arguments)}
+    if "callback_on_step_end" in taken:
+        ours["callback_on_step_end"] = after_step
+    elif "callback" in taken:
+        ours |= {"callback": _old_callback(pipe, arguments, after_step), "callback_steps": 1}
+    return pipe(**arguments, **{name: value for name, value in ours.items() if name in taken})
+
+
+def _old_callback(pipe: Any, arguments: dict[str, Any], after_step: AfterStep) -> Callable[..., None]:
+    """For pipelines that tell of a step, its timestep and the latents, and do not count their steps."""
+    total = arguments.get("num_inference_steps") or 0
+
+    class Steps:
+        scheduler = getattr(pipe, "scheduler", None)
+        num_timesteps = total
+
+    def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
+        after_step(Steps, step, timestep, {"latents": latents})
+
+    return callback
+
+
+def output_type(cls: type, arguments: dict[str, Any]) -> str:
+    """How a pipeline is asked for its images.
+
+    As tensors, which are rounded where they are: the same values as with diffusers' ``numpy_to_pil`` without its detour
+    over float32 arrays. Pipelines that do without diffusers' image processor give tensors that are not between 0 and 1,
+    or none at all: those are asked for arrays. Cropping around a mask pastes the result back with Pillow.
+    """
+    if arguments.get("padding_mask_crop") is not None:
+        return "pil"
+    return "pt" if _gives_tensors(cls) else "np"
+
+
+@functools.cache
+def _gives_tensors(cls: type) -> bool:
+    own = next(base for base in cls.__mro__ if "__call__" in vars(base))
+    return own.__name__ not in _LATENTS_AS_TENSORS and "postprocess(" in inspect.getsource(own)
+
+
+def images_of(out: Any) -> Any:
+    """The images in what a pipeline gives; a few call them ``image``."""
+    return out.images if hasattr(out, "images") else out.image
+
+
+def to_pil(pictures: Pictures) -> dict[str, Any]:
+    """Decoded pictures as the pipelines take them."""
+
+    def one(picture: Picture) -> PIL.Image.Image:
+        return PIL.Image.frombytes(picture.mode, (picture.width, picture.height), picture.pixels)
+
+    return {
+        name: [one(picture) for picture in found] if isinstance(found, list) else one(found)
+        for name, found in pictures.items()
+    }
+
+
+def to_uint8(images: Any) -> np.ndarray:
+    """What a pipeline gave to uint8 (N, H, W, 3), or (N, H, W, 4) where it gave an opacity.
+
+    Args:
+        images: floats in [0, 1] as a tensor (N, C, H, W) or an array (N, H, W, C), or pictures; or a list of these for
+            each image, as pipelines that make layers give them.
+    """
+    if isinstance(images, list) and not isinstance(images[0], PIL.Image.Image):
+        return np.concatenate([to_uint8(each) for each in images])
+    if isinstance(images, list):
+        modes = {"RGBA" if image.mode == "RGBA" else "RGB" for image in images}
+        return np.stack([np.asarray(image.convert(min(modes))) for image in images])
+    if isinstance(images, torch.Tensor):
+        scaled = images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+        found = scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    else:
+        found = (images * 255).round().clip(0, 255).astype(np.uint8)
+    return found.repeat(3, axis=3) if found.shape[3] == 1 else found
