@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -33,13 +34,28 @@ def call(pipe: Any, arguments: dict[str, Any], generator: Generators, after_step
     Returns:
         What the pipeline gives.
     """
-    taken = inspect.signature(type(pipe).__call__).parameters
-    ours: dict[str, Any] = {"generator": generator, "output_type": output_type(type(pipe), arguments)}
+    cls: Any = type(pipe)
+    taken = inspect.signature(cls.__call__).parameters
+    ours: dict[str, Any] = {"generator": generator, "output_type": output_type(cls, arguments)}
     if "callback_on_step_end" in taken:
         ours["callback_on_step_end"] = after_step
     elif "callback" in taken:
         ours |= {"callback": _old_callback(pipe, arguments, after_step), "callback_steps": 1}
+    tuples = _tuples(cls)
+    arguments = {name: tuple(v) if name in tuples and isinstance(v, list) else v for name, v in arguments.items()}
     return pipe(**arguments, **{name: value for name, value in ours.items() if name in taken})
+
+
+@functools.cache
+def _tuples(cls: Any) -> frozenset[str]:
+    """Arguments that are tuples: pipelines add some to others, and neither JSON nor msgpack has them."""
+    found = set()
+    for name, parameter in inspect.signature(cls.__call__).parameters.items():
+        among = typing.get_args(parameter.annotation) or ()
+        origins = {typing.get_origin(parameter.annotation), *map(typing.get_origin, among)}
+        if tuple in origins and list not in origins:
+            found.add(name)
+    return frozenset(found)
 
 
 def _old_callback(pipe: Any, arguments: dict[str, Any], after_step: AfterStep) -> Callable[..., None]:
@@ -56,7 +72,7 @@ def _old_callback(pipe: Any, arguments: dict[str, Any], after_step: AfterStep) -
     return callback
 
 
-def output_type(cls: type, arguments: dict[str, Any]) -> str:
+def output_type(cls: Any, arguments: dict[str, Any]) -> str:
     """How a pipeline is asked for its images.
 
     As tensors, which are rounded where they are: the same values as with diffusers' ``numpy_to_pil`` without its detour
@@ -69,7 +85,7 @@ def output_type(cls: type, arguments: dict[str, Any]) -> str:
 
 
 @functools.cache
-def _gives_tensors(cls: type) -> bool:
+def _gives_tensors(cls: Any) -> bool:
     own = next(base for base in cls.__mro__ if "__call__" in vars(base))
     return own.__name__ not in _LATENTS_AS_TENSORS and "postprocess(" in inspect.getsource(own)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import logging
 import math
@@ -269,7 +270,8 @@ class Engine:
                     previews.after(step + 1, total, tensors.get("latents"))
                 return {}
 
-            arguments = {**request.inputs, **to_pil(request.pictures)}
+            # a copy: some pipelines write to lists that they are given, and a job may run again
+            arguments = {**copy.deepcopy(request.inputs), **to_pil(request.pictures)}
             try:
                 out = call(pipe, arguments, generator, after_step)
             except (Cancelled, torch.OutOfMemoryError):
