@@ -88,6 +88,23 @@ def txt2img_scheduler() -> Json:
     return {"modelInputs": inputs, "callInputs": {"SCHEDULER": "DDIMScheduler"}}
 
 
+@example("txt2img-lora")
+def txt2img_lora() -> Json:
+    """Two LoRAs for this request alone: what it asks for is drawn hollow, at night."""
+    inputs = {"prompt": "a red star on a white background", "num_inference_steps": 20, "seed": 8}
+    adapters = "demo/adapters"
+    loras = [f"{adapters}/outlined.safetensors#scale=1", f"{adapters}/night.safetensors"]
+    return {"modelInputs": inputs, "callInputs": {"lora_weights": loras}}
+
+
+@example("txt2img-textual-inversion")
+def txt2img_textual_inversion() -> Json:
+    """A word that the model was never taught: <sun> is a yellow circle."""
+    inputs = {"prompt": "a small <sun> at the top on a black background", "num_inference_steps": 20, "seed": 9}
+    words = ["demo/adapters/sun.safetensors#token=<sun>"]
+    return {"modelInputs": inputs, "callInputs": {"textual_inversions": words}}
+
+
 @example("img2img")
 def img2img() -> Json:
     """A picture drawn over another: the green circle becomes red, and stays where it is."""

@@ -38,6 +38,7 @@ CODES: dict[str, tuple[int, str]] = {
     "PIPELINE_NOT_SUPPORTED": (422, "The pipeline exists but cannot be built from this model."),
     "NOT_SUPPORTED": (422, "A known option that this version does not offer."),
     "MODEL_BROKEN": (422, "The model's files are there, but cannot be loaded or converted."),
+    "INVALID_ADAPTER": (422, "The file is no LoRA or textual inversion, or not one that fits this model."),
     "PICKLE_NOT_ALLOWED": (422, "The weights are a pickle, and this server reads only safetensors."),
     "PIPELINE_ERROR": (422, "diffusers refused the inputs when the pipeline ran."),
     "QUEUE_FULL": (429, "Too many requests are waiting; try again after `Retry-After` seconds."),

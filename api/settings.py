@@ -233,6 +233,9 @@ class Settings:
         "auto: what does not fit is decoded in slices, then tiles, then weights stay in RAM; none: it is a 507; model, "
         "sequential: weights stay in RAM from the start, one part or block at a time on the GPU",
     )
+    adapters_limit: int = _variable(
+        "ADAPTERS_LIMIT", "1GiB", _bytes, "what LoRAs that no running job uses may take on a device, beside the models"
+    )
     max_queue: int = _variable("MAX_QUEUE", "100", _whole(1, 100_000), "requests that may wait; the next one is a 429")
     max_concurrency: int = _variable(
         "MAX_CONCURRENCY", "16", _whole(1, 256), "requests that share a device step by step; 1: one after the other"

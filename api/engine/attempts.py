@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class Ran(NamedTuple):
     dtype: torch.dtype
     attention: str
     placement: str
+    told: dict[str, Any]
 
 
 class _Short(NamedTuple):

@@ -55,6 +55,8 @@ class ModelCache:
         self._unloaded = False
         """Memory of the host is wanted back, not only for other parts."""
         self._building = threading.Lock()
+        self.on_clear: Callable[[], bool] = lambda: False
+        """Forgets what else the device holds for jobs to come; whether there was anything."""
         self.rates = {"read": self._host.rate, "copy": self._mover.rate}
 
     def __contains__(self, ref: ModelRef) -> bool:
@@ -264,11 +266,12 @@ class ModelCache:
 
     def clear_idle(self) -> bool:
         """Have everything leave the device that nobody leases or pins; whether there was anything."""
+        cleared = self.on_clear()
         with self.tiers.lock:
             moves = self._forget(self.tiers.clear_idle())
             self._owed = self._unloaded = True  # memory is short: what is kept for parts to come goes as well
         self.give_back()
-        return bool(moves.device)
+        return bool(moves.device) or cleared
 
     def expire(self, idle: float) -> None:
         """Have models leave the device that nobody has used for so many seconds."""

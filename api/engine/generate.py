@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from api.engine.adapters import Adapters, without_scale
 from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran, is_short
 from api.engine.attention import components_with
 from api.engine.budgets import Budgets, budgets, host_memory
@@ -70,6 +71,7 @@ class Engine:
         loader: reads models; None: our own.
         longest_wait: seconds for which a job may be passed by jobs whose model is in memory.
         idle_timeout: seconds after which an unused model leaves the device; 0: never.
+        adapters_limit: bytes of the device that adapters may take which no running job uses.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         loader: Loader | None = None,
         longest_wait: float = 10.0,
         idle_timeout: float = 0.0,
+        adapters_limit: int = 2**30,
     ) -> None:
         self.device = device
         found = device.memory()
@@ -89,6 +92,8 @@ class Engine:
         tiers = Tiers(limits.device, limits.host, shared=limits.shared, capacity=limits.capacity)
         executor, loader = self.executor, loader or PartLoader(device, limits.host)
         self.cache = ModelCache(tiers, loader, executor.on_device, executor.exclusively, device.release_cache)
+        self.adapters = Adapters(device.torch, adapters_limit)
+        self.cache.on_clear = self.adapters.clear
         self.line = Line(self.cache, longest_wait)
         self.attempts = Attempts(self.cache, self.line, device, self._run, limits.strict, self._foresees)
         self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
@@ -243,6 +248,7 @@ class Engine:
         with self.executor.job(ticket), torch.no_grad():
             parts, used = components_with(model, request.attention)
             parts = placed(model, parts, used, placement)
+            parts, told = self.adapters.applied(model, parts, used, request)
             generator = make_generators(request.seed)
             seen = {name: view(part, self.executor, ticket, first_seed(request.seed)) for name, part in parts.items()}
             pipe = make_pipeline(
@@ -271,7 +277,7 @@ class Engine:
                 return {}
 
             # a copy: some pipelines write to lists that they are given, and a job may run again
-            arguments = {**copy.deepcopy(request.inputs), **to_pil(request.pictures)}
+            arguments = {**copy.deepcopy(without_scale(request.inputs)), **to_pil(request.pictures)}
             try:
                 out = call(pipe, arguments, generator, after_step)
             except (Cancelled, torch.OutOfMemoryError):
@@ -285,7 +291,8 @@ class Engine:
                 raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
             images = to_uint8(images_of(out))
         flags = getattr(out, "nsfw_content_detected", None)
-        return Ran(images, [bool(flag) for flag in flags] if flags is not None else None, model.dtype, used, placement)
+        nsfw = [bool(flag) for flag in flags] if flags is not None else None
+        return Ran(images, nsfw, model.dtype, used, placement, told)
 
     def _foresees(self, build: Build, request: GenerationRequest, placement: str) -> bool:
         """Whether a placement's weights and what was learned of its calls are more than there is."""
@@ -303,6 +310,7 @@ class Engine:
             "attention": done.attention,
             "numerics": f"{numerics}/tiled" if codec_of(done.placement) == "tiled" else numerics,
             "versions": self.versions,
+            **done.told,
         }
 
 

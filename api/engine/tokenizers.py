@@ -59,8 +59,9 @@ def _locked(part: Any, lock: Any) -> Any:
 
         return call
 
-    body = {name: turn(name) for name in _METHODS if hasattr(cls, name)}
+    body: dict[str, Any] = {name: turn(name) for name in _METHODS if hasattr(cls, name)}
     # a class of the same name: pipelines compare and save names
     turned = copy.copy(part)
-    turned.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "takes_turns": True, **body})
+    body |= {"__module__": cls.__module__, "takes_turns": True, "turn": lock}
+    turned.__class__ = type(cls.__name__, (cls,), body)
     return turned

@@ -121,6 +121,38 @@ def convert_pickles(folder: Path, on_progress: OnProgress, *, allow_pickle: bool
         raise
 
 
+def convert_adapter(
+    path: Path, target: Path, name: str, on_progress: OnProgress, *, allow_pickle: bool, field: str
+) -> bool:
+    """Put a downloaded LoRA or textual inversion in place; a pickle becomes safetensors.
+
+    Args:
+        path: the file, on the same file system; safetensors are moved.
+        target: where to.
+        name: for messages.
+        on_progress: as in ``convert_checkpoint``.
+        allow_pickle: as in ``convert_checkpoint``.
+        field: for errors.
+
+    Returns:
+        Whether it is the same file.
+
+    Raises:
+        ApiError: MODEL_BROKEN, PICKLE_NOT_ALLOWED, DISK_FULL.
+        OSError: the file cannot be read.
+    """
+    _check_readable(path, name, allow_pickle, field)
+    with path.open("rb") as file:
+        is_safe = not file.read(4).startswith((_ZIP, _PICKLE))
+    if is_safe:
+        path.replace(target)
+        return True
+    fresh = target.with_name(target.name + UNFINISHED)
+    _run(["adapter", str(path.resolve()), str(fresh.resolve())], on_progress, field)
+    fresh.replace(target)
+    return False
+
+
 def _configuration(config: Path | str | None) -> str:
     """A family's name, a path, or nothing, as the process takes it."""
     if config is None or config in FAMILIES:

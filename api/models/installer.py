@@ -21,6 +21,7 @@ from api.models.records import Records
 from api.models.refs import SourceRef
 from api.models.s3_upload import can_upload_folder
 from api.models.sources import checkpoint, remote
+from api.models.sources.adapter import AdapterSource
 from api.models.sources.archive import ArchiveSource
 from api.models.sources.hub import HubSource
 from api.models.sources.s3_folder import S3FolderSource
@@ -182,8 +183,10 @@ class Installer:
             got.verified,
             datetime.now(UTC).isoformat(timespec="seconds"),
             ref.trusted,
+            adapter=ref.adapter,
         )
-        describe(ref.model_id, installation.staging, revision="-")
+        if not ref.adapter:
+            describe(ref.model_id, installation.staging, revision="-")
         hashes = {entry.path: entry.sha256 for entry in got.files if entry.sha256}
         installation.commit(manifest, hashes)
         log.info("installed %s from %s as %s", ref.model_id, source.origin, source.key)
@@ -237,6 +240,8 @@ class Installer:
     def _original(self, ref: SourceRef) -> Source:
         if ref.checkpoint is None:
             return HubSource(ref, self._settings)
+        if ref.adapter:
+            return AdapterSource(ref, self._settings)
         found = remote.find(ref.checkpoint, self._settings, ref.trusted)
         return checkpoint.CheckpointSource(found, self._config(ref), self._settings)
 

@@ -6,6 +6,7 @@ No network, whatever is asked for.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import time
@@ -20,7 +21,7 @@ from api.models import hub
 from api.models.description import InstalledModel, describe, is_model
 from api.models.keys import HubFiles, is_commit, is_key, model_key
 from api.models.locations import normalized_model_id
-from api.models.manifest import MANIFEST_NAME, Manifest, missing_parts, read_manifest
+from api.models.manifest import MANIFEST_NAME, Manifest, missing_parts, read_manifest, sha256_of
 from api.models.names import folder_name, is_model_id, model_id_of
 from api.models.records import Records
 from api.models.refs import SourceRef
@@ -35,6 +36,23 @@ _NOTE_USE = 60.0
 """Seconds between two notes of a model's use."""
 _LOOKED_AT = 1000
 """Files of a folder that are looked at, at most: what is no model of diffusers' is not to cost more than one."""
+
+
+class InstalledAdapter(msgspec.Struct, frozen=True):
+    """A LoRA or a textual inversion that is here.
+
+    Attributes:
+        name: what it is called in messages.
+        path: of its safetensors file.
+        sha256: of that file, in hex.
+        source: where it was fetched from, without credentials.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    source: str = ""
+
 
 _Seen = tuple[tuple[str, int, int], ...]
 """Names, sizes and times of change."""
@@ -75,6 +93,7 @@ class Library:
         self._known: dict[Path, _Known] = {}
         self._answers: dict[str, _Answer] = {}
         self._used: dict[str, float] = {}
+        self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
 
     def find(self, ref: SourceRef) -> InstalledModel | None:
         """The model that a ref means, if it is here.
@@ -102,6 +121,47 @@ class Library:
                 return answer.model
         return None
 
+    def find_adapter(self, ref: SourceRef) -> InstalledAdapter | None:
+        """The adapter that a ref of one means, if it is on a volume."""
+        assert ref.checkpoint is not None
+        wanted = ref.checkpoint.sha256
+        # what was fetched before its digest was known, too
+        anywhere = msgspec.structs.replace(ref, checkpoint=dataclasses.replace(ref.checkpoint, sha256=None))
+        for each in dict.fromkeys((ref, anywhere)):
+            for volume, records in zip(self._volumes, self._records, strict=True):
+                key = records.find(each)
+                folder = volume.find(key) if key is not None and is_key(key) else None
+                manifest = read_manifest(folder) if folder else None
+                if folder is None or manifest is None or manifest.adapter != ref.adapter:
+                    continue
+                (entry,) = manifest.files
+                if each is ref or entry.sha256 == wanted:
+                    return InstalledAdapter(ref.model_id, folder / entry.path, entry.sha256 or "", manifest.source)
+        return None
+
+    def bundled_adapters(self) -> list[str]:
+        """Names of the adapters that come with this server."""
+        return sorted(path.name for path in (BUNDLED_MODELS / "adapters").glob("*.safetensors"))
+
+    def find_local_adapter(self, repo: str, path: str) -> InstalledAdapter | None:
+        """An adapter that comes with this server, or that somebody put into a folder by hand.
+
+        Args:
+            repo: ``demo/adapters`` is what comes with it.
+            path: of the file within.
+        """
+        for place in self._places(repo):
+            file = place / path
+            with contextlib.suppress(OSError):
+                if file.suffix == ".safetensors" and file.is_file() and not (place / MANIFEST_NAME).exists():
+                    status = file.stat()
+                    seen = status.st_size, status.st_mtime_ns
+                    known = self._digests.get(file)
+                    if known is None or known[0] != seen:
+                        known = self._digests[file] = seen, sha256_of(file)
+                    return InstalledAdapter(f"{repo}/{path}", file, known[1])
+        return None
+
     def find_by_name(self, ref: SourceRef) -> InstalledModel | None:
         """The one installed model that the ref can mean: for when its source cannot be asked.
 
@@ -115,6 +175,7 @@ class Library:
             (volume, entry.key, entry.manifest)
             for volume in self._volumes
             for entry in volume.list()
+            if not entry.manifest.adapter
             if (_is_of_repo(entry, ref.repo) or (entry.manifest.trusted and entry.manifest.model_id == ref.model_id))
             and entry.manifest.variant in ("", ref.variant)
             and ref.revision in ("", entry.manifest.revision)
@@ -223,7 +284,8 @@ class Library:
     def _listed(self) -> Iterator[tuple[Volume, str, Manifest]]:
         for volume in self._volumes:
             for entry in volume.list():
-                yield volume, entry.key, entry.manifest
+                if not entry.manifest.adapter:
+                    yield volume, entry.key, entry.manifest
 
     def _take(self, volume: Volume, key: str, manifest: Manifest, model_id: str) -> InstalledModel:
         return self._inspect(model_id, volume.root / key, manifest.revision, key, manifest.source)

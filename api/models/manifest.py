@@ -62,6 +62,7 @@ class Manifest(msgspec.Struct, frozen=True):
         installed: ISO 8601, UTC.
         trusted: the operator named the source, not a request.
         format: of this description.
+        adapter: ``lora`` or ``inversion``, where it is no model.
     """
 
     model_id: str
@@ -73,6 +74,7 @@ class Manifest(msgspec.Struct, frozen=True):
     installed: str
     trusted: bool = False
     format: int = _FORMAT
+    adapter: str = ""
 
 
 def is_safe_path(path: str) -> bool:

@@ -31,6 +31,7 @@ class SourceRef(msgspec.Struct, frozen=True):
         config: CHECKPOINT_CONFIG_URL: a family, a model id, or the address of a configuration.
         trusted: the addresses come from the environment, not from a request.
         config_trusted: so does the configuration's.
+        adapter: ``lora`` or ``inversion``: ``checkpoint`` is no model, but one of these.
     """
 
     model_id: str
@@ -42,6 +43,7 @@ class SourceRef(msgspec.Struct, frozen=True):
     config: str = ""
     trusted: bool = False
     config_trusted: bool = False
+    adapter: str = ""
 
     @property
     def variant(self) -> str:
@@ -54,6 +56,7 @@ class SourceRef(msgspec.Struct, frozen=True):
         parts: list[Any] = [self.model_id, self.repo, self.revision, self.variant]
         for place in (self.url, self.checkpoint):
             parts.append((*place.identity, place.sha256 or "") if place else None)
+        parts += [self.adapter] if self.adapter else []
         parts.append(self.config if self.checkpoint or (self.url and self.url.kind == "checkpoint") else "")
         return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
 

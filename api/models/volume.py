@@ -245,7 +245,8 @@ class Volume:
             return ["it is not installed: there is no manifest that can be read"]
         problems = size_problems(folder, manifest.files)
         if not problems:
-            problems = examine(folder, manifest.files, {}, sync=False)[1] + missing_parts(folder)
+            problems = examine(folder, manifest.files, {}, sync=False)[1]
+            problems += [] if manifest.adapter else missing_parts(folder)
         listed = {entry.path for entry in manifest.files}
         return problems + [f"{e.path} is not in the manifest" for e in list_files(folder) if e.path not in listed]
 

@@ -54,6 +54,38 @@ def each_picture(pictures: Pictures) -> Iterator[Picture]:
         yield from [found] if isinstance(found, Picture) else found
 
 
+class Lora(msgspec.Struct, frozen=True):
+    """A LoRA that a request asks for.
+
+    Attributes:
+        name: what messages call it.
+        path: of its safetensors file.
+        sha256: of that file, in hex.
+        scale: how much of it; 0: none.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    scale: float
+
+
+class Inversion(msgspec.Struct, frozen=True):
+    """A textual inversion that a request asks for.
+
+    Attributes:
+        name: what messages call it.
+        path: of its safetensors file.
+        sha256: of that file, in hex.
+        token: what stands for it in prompts.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    token: str
+
+
 class GenerationRequest(msgspec.Struct, frozen=True):
     """The validated description of one generation. Every dialect ends in it.
 
@@ -77,6 +109,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
             ``sequential``: its weights stay in the host's memory, by parts or blocks.
         low_vram: take as little of the device's memory as can be.
         scheduler_args: arguments of the scheduler's class, over the settings of the model's own.
+        loras: in the order of the request.
+        inversions: in the order of the request.
     """
 
     id: str
@@ -97,6 +131,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     offload: str = "auto"
     low_vram: bool = False
     scheduler_args: dict[str, Any] = {}
+    loras: tuple[Lora, ...] = ()
+    inversions: tuple[Inversion, ...] = ()
 
 
 class GenerationResult(msgspec.Struct):

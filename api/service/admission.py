@@ -19,6 +19,7 @@ from api.schema.catalogue import Input, catalogue
 from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture, Pictures, each_picture
 from api.schema.transfers import Transfer
 from api.service import inputs as checks
+from api.service.adapters import Adapters, Chosen
 from api.service.choices import check_early, check_preview, choose_image_format, choose_pipeline
 from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
@@ -71,6 +72,7 @@ class Admission:
         self._library = library
         self._fetcher = fetcher
         self._has_gpu = has_gpu
+        self._adapters = Adapters(settings, library, fetcher)
 
     def default_refs(self) -> list[SourceRef]:
         """The models to have in memory before the first request.
@@ -113,6 +115,7 @@ class Admission:
             message = "Previews are events, and this answer has none: send streamEvents as well, or a job for later."
             raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
         ref = self.source_ref(options)
+        self._adapters.check(options)
         pictures: Pictures = {}
 
         async def check(model: InstalledModel) -> _Draft:
@@ -123,10 +126,13 @@ class Admission:
         if fetched is None:
             check_early(options, model_inputs)
             fetched = await self._fetcher.ensure(ref, check, on_event)
-        with self._fetcher.hold(fetched.model):
+        with self._fetcher.hold(fetched.model.folder):
             draft = await check(fetched.model)
-            request = self._complete(request_id, draft, pictures, ref)
-        return Admitted(request, {**options, "callback_steps": draft.callback_steps}, fetched.timings)
+            chosen = await self._adapters.choose(options, fetched.model, on_event)
+            with self._fetcher.hold(*chosen.folders):
+                request = self._complete(request_id, draft, pictures, ref, chosen)
+        timings = {**chosen.timings, **fetched.timings}
+        return Admitted(request, {**options, "callback_steps": draft.callback_steps}, timings)
 
     async def check(self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]) -> None:
         """Validate a request that is to run later, as far as that goes without fetching anything.
@@ -141,6 +147,7 @@ class Admission:
             message = "A job for later is not streamed to the one who sends it: read GET /jobs/{id}/events."
             raise ApiError("INVALID_INPUTS", message, field="callInputs.streamEvents")
         ref = self.source_ref(options)
+        self._adapters.check(options)
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         if model is None:
             check_early(options, model_inputs)
@@ -166,6 +173,7 @@ class Admission:
         """
         options = check_options(call_inputs)
         ref, pictures = self.source_ref(options), Pictures()
+        self._adapters.check(options)
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         if model is None:
             check_early(options, model_inputs)
@@ -242,7 +250,14 @@ class Admission:
             callback_steps=callback_steps,
         )
 
-    def _complete(self, request_id: str, draft: _Draft, pictures: Pictures, source: SourceRef) -> GenerationRequest:
+    def _complete(
+        self,
+        request_id: str,
+        draft: _Draft,
+        pictures: Pictures,
+        source: SourceRef,
+        adapters: Chosen | None = None,
+    ) -> GenerationRequest:
         options, given, ref, seed = draft.options, draft.given, draft.ref, draft.seed
         plain = {name: value for name, value in given.items() if not draft.accepted[name].is_picture}
         repeat = {**plain, "seed": seed, **{name: _named(found) for name, found in pictures.items()}}
@@ -259,6 +274,7 @@ class Admission:
             "image_format": draft.image_format,
             "image_quality": draft.quality,
             "safety_checker": options.get("safety_checker", True),
+            **(adapters.meta if adapters else {}),
         }
         for name, place in (("MODEL_URL", source.url), ("CHECKPOINT_URL", source.checkpoint)):
             if place:
@@ -293,6 +309,8 @@ class Admission:
             offload=self._offload(options, low_vram),
             low_vram=low_vram,
             scheduler_args=draft.scheduler.args,
+            loras=adapters.loras if adapters else (),
+            inversions=adapters.inversions if adapters else (),
         )
 
     def _offload(self, options: dict[str, Any], low_vram: bool) -> str:

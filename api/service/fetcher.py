@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 
 from api.errors import ApiError
+from api.models.adapters import FIELDS
 from api.models.archive_pack import pack
 from api.models.description import InstalledModel, describe
 from api.models.installer import Installed, Installer
-from api.models.library import BUNDLED_ORG, Library
+from api.models.library import BUNDLED_ORG, InstalledAdapter, Library
 from api.models.locations import Location
 from api.models.refs import SourceRef
 from api.models.s3_upload import upload
@@ -48,6 +49,13 @@ class Fetched(msgspec.Struct, frozen=True):
     timings: dict[str, int]
 
 
+class FetchedAdapter(msgspec.Struct, frozen=True):
+    """An adapter that is here, and what it took to get it: milliseconds by phase."""
+
+    adapter: InstalledAdapter
+    timings: dict[str, int]
+
+
 class _Stopped(Exception):
     """Nobody wants it any more."""
 
@@ -63,7 +71,7 @@ class _Fetch:
         self.confirmed = threading.Event()
         self.stopped = threading.Event()
         self.described: asyncio.Future[InstalledModel] = loop.create_future()
-        self.outcome: asyncio.Future[Fetched] = loop.create_future()
+        self.outcome: asyncio.Future[Any] = loop.create_future()
         self.left: asyncio.Future[None] = loop.create_future()
         self.outcome.add_done_callback(lambda future: future.cancelled() or future.exception())
         self.tracker = Tracker(ref.model_id, lambda event: _soon(loop, self._pass_on, event))
@@ -141,6 +149,28 @@ class Fetcher:
         """
         if self.is_local(ref):
             return Fetched(await asyncio.to_thread(self._without_source, ref), {})
+        fetched: Fetched = await self._fetched(ref, check, on_event)
+        return fetched
+
+    async def ensure_adapter(self, ref: SourceRef, on_event: OnTransfer | None = None) -> FetchedAdapter:
+        """Wait until a LoRA or a textual inversion is here.
+
+        Args:
+            ref: of an adapter.
+            on_event: called with what happens meanwhile.
+
+        Raises:
+            ApiError: MODEL_MISMATCH when there are no downloads; what the source says.
+        """
+        if found := await asyncio.to_thread(self._library.find_adapter, ref):
+            return FetchedAdapter(found, {})
+        if not self._settings.runtime_downloads:
+            message = f'"{ref.model_id}" is not here, and this server downloads nothing (RUNTIME_DOWNLOADS=0).'
+            raise ApiError("MODEL_MISMATCH", message, field=FIELDS[ref.adapter], requested=ref.model_id)
+        fetched: FetchedAdapter = await self._fetched(ref, None, on_event)
+        return fetched
+
+    async def _fetched(self, ref: SourceRef, check: Check | None, on_event: OnTransfer | None) -> Any:
         fetch = self._fetches.get(ref.name)
         while fetch is not None and fetch.stopped.is_set():
             await asyncio.wait({fetch.outcome})
@@ -187,14 +217,14 @@ class Fetcher:
         return not self._settings.runtime_downloads or (ref.is_plain and ref.repo.startswith(f"{BUNDLED_ORG}/"))
 
     @contextlib.contextmanager
-    def hold(self, model: InstalledModel) -> Iterator[None]:
-        """Keep a model on the volume, and a moment longer: until the job is in line that holds it from then on."""
-        name = model.folder.name
-        self._held[name] += 1
+    def hold(self, *folders: Path) -> Iterator[None]:
+        """Keep models and adapters on the volume, and a moment longer: until the job is in line that holds them."""
+        names = [folder.name for folder in folders]
+        self._held.update(names)
         try:
             yield
         finally:
-            asyncio.get_running_loop().call_later(_LINGER, self._held.subtract, [name])
+            asyncio.get_running_loop().call_later(_LINGER, self._held.subtract, names)
 
     def transfers(self) -> list[Transfer]:
         """Everything that is on its way now."""
@@ -262,7 +292,7 @@ class Fetcher:
         finally:
             del self._fetches[fetch.ref.name]
 
-    def _fetch(self, fetch: _Fetch) -> Fetched:
+    def _fetch(self, fetch: _Fetch) -> Fetched | FetchedAdapter:
         """In a thread."""
 
         def on_configuration(folder: Path | None) -> None:
@@ -298,8 +328,11 @@ class Fetcher:
                 return 0
             raise
 
-    def _arrived(self, fetch: _Fetch, installed: Installed) -> Fetched:
-        model = self._library.find(fetch.ref)
+    def _arrived(self, fetch: _Fetch, installed: Installed) -> Fetched | FetchedAdapter:
+        adapter = self._library.find_adapter(fetch.ref) if fetch.ref.adapter else None
+        if adapter is not None:
+            return FetchedAdapter(adapter, fetch.tracker.timings)
+        model = None if fetch.ref.adapter else self._library.find(fetch.ref)
         if model is None:
             message = f'"{fetch.ref.model_id}" was installed and removed again before it could be used; try again.'
             raise ApiError("MODEL_NOT_FOUND", message, requested=fetch.ref.model_id)

@@ -74,7 +74,7 @@ async def load(service: Service, body: dict[str, Any]) -> list[Held]:
     ready = _ready(service)
     async with _patience(service, "The model is not in memory yet: it is still being fetched or loaded."):
         found = await asyncio.to_thread(service.library.find, ref) or (await service.fetcher.ensure(ref)).model
-        with service.fetcher.hold(found):
+        with service.fetcher.hold(found.folder):
             model = service.model_ref(found, ref)
             asked = [worker.ask(Load(model, secrets.token_hex(8), tier, pin)) for worker in ready]
             _check(await asyncio.gather(*asked))

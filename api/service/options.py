@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from api.errors import ApiError
+from api.models.adapters import INVERSION, LORA, Asked, read_asked
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS
 
@@ -102,6 +103,13 @@ def _preview(value: Any, field: str, meaning: str) -> int | None:
     return value
 
 
+def _adapters(kind: str) -> Callable[[Any, str, str], Any]:
+    def check(value: Any, field: str, meaning: str) -> tuple[Asked, ...] | None:
+        return read_asked(value, kind, field) or None
+
+    return check
+
+
 def _invalid(field: str, message: str, value: Any, among: tuple[str, ...] | None = None) -> ApiError:
     return ApiError("INVALID_INPUTS", message, field=field, requested=value, available=list(among) if among else None)
 
@@ -144,6 +152,16 @@ OPTIONS: dict[str, Option] = {
         "`none`: the model is held as it is, whether it fits so or not; `model`, `sequential`: its weights stay in "
         "RAM, and one part or block of it is on the device at a time", _SERVERS, "model", OFFLOADS,
     ),
+    "lora_weights": Option(
+        kind="string or object, or a list of them",
+        meaning="LoRAs: `ADDRESS#scale=0.8`, and `&fname=` for a file of a repository (docs/adapters.md)",
+        default="none", example=["demo/adapters/outlined.safetensors#scale=0.8"], check=_adapters(LORA),
+    ),
+    "textual_inversions": Option(
+        kind="string or object, or a list of them",
+        meaning="textual inversions: `ADDRESS#token=<word>` (docs/adapters.md)",
+        default="none", example=["demo/adapters/sun.safetensors#token=<sun>"], check=_adapters(INVERSION),
+    ),
     "streamEvents": flag("answer with a stream of events, one JSON object a line"),
     "preview": Option(
         kind="`true`, or integer", meaning="a small picture after every so many steps; true: about four in all",
@@ -157,8 +175,6 @@ KNOWN = tuple(OPTIONS)
 LATER = {
     "custom_pipeline_method": "pipelines are called, no other method of theirs",
     "compel_prompts": "prompts are taken as they are",
-    "textual_inversions": "adapters cannot be loaded yet",
-    "lora_weights": "adapters cannot be loaded yet",
     "SEND_URL": "no webhooks are sent yet",
     "SIGN_KEY": "no webhooks are sent yet",
     "use_extra": "there are no extras yet",

@@ -73,7 +73,7 @@ def _timesteps(count: int, log_snr: torch.Tensor, generator: torch.Generator) ->
     return torch.searchsorted(-log_snr, -wanted).clamp(0, len(log_snr) - 1)
 
 
-class _Batches:
+class Batches:
     """Draws training rows.
 
     A guided sampler overshoots: its latent lies further from the mean than any picture's. Some
@@ -120,7 +120,7 @@ def train(
         steps: optimizer steps in all.
         look: called with the averaged model now and then, to draw sample grids.
     """
-    batch = _Batches(_dataset(run, vae, tokenizer), tokenizer)
+    batch = Batches(_dataset(run, vae, tokenizer), tokenizer)
     torch.manual_seed(run.seed + 3)
     model = build().to(DEVICE)
     average = build().to(DEVICE).requires_grad_(False)

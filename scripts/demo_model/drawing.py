@@ -94,8 +94,13 @@ def _paint(colour: str, rng: random.Random) -> np.ndarray:
     return np.clip(np.add(RGB[colour], jitter), 0, 255).astype(np.float32)
 
 
-def draw(scene: Scene, rng: random.Random) -> np.ndarray:
+def draw(scene: Scene, rng: random.Random, line: float = 0) -> np.ndarray:
     """Draw a scene.
+
+    Args:
+        scene: what to draw.
+        rng: for the jitter.
+        line: width in pixels of the lines that shapes are drawn with, hollow; 0: they are filled.
 
     Returns:
         uint8 array (64, 64, 3), RGB.
@@ -108,6 +113,9 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
         turn = math.radians(rng.uniform(-5, 5))
         rotation = np.asarray([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]], dtype=np.float32)
         points = (_GRID - np.asarray([x, y], dtype=np.float32)) @ rotation
-        cover = np.clip(0.5 - _distance(thing.shape, points, r), 0, 1)[..., None]
+        distance = _distance(thing.shape, points, r)
+        if line:
+            distance = np.abs(distance + line / 2) - line / 2
+        cover = np.clip(0.5 - distance, 0, 1)[..., None]
         image += cover * (paints[thing] - image)
     return np.rint(image).astype(np.uint8)

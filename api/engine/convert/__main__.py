@@ -1,4 +1,4 @@
-"""``python -m api.engine.convert checkpoint FILE FOLDER CONFIG | pickles FOLDER``: one conversion.
+"""``python -m api.engine.convert checkpoint FILE FOLDER CONFIG | pickles FOLDER | adapter FILE FILE``: one conversion.
 
 Says how far it is in JSON, one line each, on what was its standard output.
 """
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no message
     say, report = _reporter(out)
-    folder = Path(arguments[2] if arguments[0] == "checkpoint" else arguments[1])
+    folder = Path(arguments[1] if arguments[0] == "pickles" else arguments[2])
     try:
         import torch
 
@@ -99,6 +99,10 @@ def main(arguments: list[str]) -> int:
                 from api.engine.convert import checkpoint
 
                 checkpoint.convert(Path(arguments[1]), folder, arguments[3], report)
+            elif arguments[0] == "adapter":
+                from api.engine.convert import adapter
+
+                adapter.convert(Path(arguments[1]), folder, report)
             else:
                 from api.engine.convert import pickles
 

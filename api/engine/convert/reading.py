@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ class _Ignored:
         pass
 
 
-def read_tensors(path: Path, name: str, field: str | None = None) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path, name: str, field: str | None = None, inner: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors or torch file, mapped from disk rather than read where that is possible.
 
     A pickle is read by torch's weights-only loader. Callbacks of the trainer and numbers of numpy, which
@@ -36,6 +39,7 @@ def read_tensors(path: Path, name: str, field: str | None = None) -> dict[str, t
         path: of the file; its content says what it is.
         name: for messages.
         field: for errors.
+        inner: dictionaries in a pickle whose first tensor is taken, and what it is called then.
 
     Raises:
         ApiError: MODEL_BROKEN.
@@ -51,7 +55,7 @@ def read_tensors(path: Path, name: str, field: str | None = None) -> dict[str, t
         except SafetensorError as fault:
             raise ApiError("MODEL_BROKEN", f"{name} cannot be read: {fault}.", field=field) from fault
     else:
-        tensors = _flat(_unpickle(path, name, field))
+        tensors = _flat(_unpickle(path, name, field), inner or {})
         for key, tensor in tensors.items():
             # an expanded view would become many times its file, on the disk and in memory
             size = tensor.numel() * tensor.element_size()
@@ -90,7 +94,7 @@ def _refusal(name: str, fault: str) -> str:
     )
 
 
-def _flat(loaded: Any) -> dict[str, torch.Tensor]:
+def _flat(loaded: Any, inner_names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """The state dict, out of ``state_dict`` where trainers put it; what is no tensor is left out."""
     while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         inner = loaded["state_dict"]
@@ -100,4 +104,13 @@ def _flat(loaded: Any) -> dict[str, torch.Tensor]:
         loaded = inner
     if not isinstance(loaded, dict):
         return {}
+    for key, new in inner_names.items():
+        within = loaded.get(key)
+        first = (
+            next((v for v in within.values() if isinstance(v, torch.Tensor)), None)
+            if isinstance(within, dict)
+            else None
+        )
+        if first is not None:
+            return {new: first.detach()}
     return {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
