@@ -132,7 +132,7 @@ class Library:
                 key = records.find(each)
                 folder = volume.find(key) if key is not None and is_key(key) else None
                 manifest = read_manifest(folder) if folder else None
-                if folder is None or manifest is None or manifest.adapter != ref.adapter:
+                if folder is None or manifest is None or not manifest.adapter:
                     continue
                 (entry,) = manifest.files
                 if each is ref or entry.sha256 == wanted:

@@ -108,7 +108,13 @@ class Adapters:
                 return local, {}
             if named[0].startswith(f"{BUNDLED_ORG}/"):
                 raise self._no_such(asked, ref)
-        fetched = await self._fetcher.ensure_adapter(ref, on_event)
+        try:
+            fetched = await self._fetcher.ensure_adapter(ref, on_event)
+        except ApiError as error:
+            if error.field is not None:
+                raise
+            field, requested = FIELDS[asked.kind], error.requested or ref.model_id
+            raise ApiError(error.code, error.message, field=field, requested=requested) from error
         return fetched.adapter, fetched.timings
 
     def _no_such(self, asked: Asked, ref: SourceRef) -> ApiError:
