@@ -35,13 +35,18 @@ _SPECK = 14 / 64**2
 
 @dataclass(frozen=True)
 class Seen:
-    """One object read from a picture. Lengths are shares of the picture's side."""
+    """One object read from a picture. Lengths are shares of the picture's side.
+
+    ``outline`` is the shape of its outer edge, ``hollow`` the share of what that encloses that is background.
+    """
 
     colour: str
     shape: str
     radius: float
     x: float
     y: float
+    outline: str = ""
+    hollow: float = 0.0
 
     @property
     def size(self) -> str:
@@ -166,7 +171,10 @@ def _look_at(pixels: np.ndarray, background: np.ndarray, paint: np.ndarray, near
     # a triangle of a given size covers half of what the other shapes cover
     radius = math.sqrt(hull / math.pi) / (0.72 if shape == "triangle" else 1.0)
     scale = _ZOOM * side
-    return Seen(colour_name(paint), shape, radius / scale, (xs.mean() + 0.5) / scale, (ys.mean() + 0.5) / scale)
+    filled = ndimage.binary_fill_holes(mask)
+    hollow = 1 - float(mask.sum() / filled.sum())
+    place = (xs.mean() + 0.5) / scale, (ys.mean() + 0.5) / scale
+    return Seen(colour_name(paint), shape, radius / scale, *place, shape_name(filled), hollow)
 
 
 def check(image: np.ndarray, scene: Scene) -> Verdict:
