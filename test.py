@@ -55,6 +55,13 @@ def txt2img() -> Json:
     return {"modelInputs": inputs, "callInputs": {}}
 
 
+@example("txt2img-weights")
+def txt2img_weights() -> Json:
+    """A prompt of which some words count more than others."""
+    inputs = {"prompt": "a (red:1.3) circle on a [blue] background", "num_inference_steps": 20, "seed": 1}
+    return {"modelInputs": inputs, "callInputs": {"prompt_syntax": "a1111"}}
+
+
 @example("txt2img-multiple")
 def txt2img_multiple() -> Json:
     """Several pictures from one prompt."""

@@ -30,6 +30,7 @@ from api.engine.peaks import Peaks
 from api.engine.pipelines import make_pipeline
 from api.engine.placement import Build, about, codec_of, placed, weights_of
 from api.engine.preview import OnPreview, Previews
+from api.engine.prompts import understand
 from api.engine.schedulers import refused_by
 from api.engine.staging import Stager
 from api.engine.tiers import Tiers
@@ -260,6 +261,8 @@ class Engine:
                 generator,
                 request.scheduler_args,
             )
+            if request.prompt_syntax != "plain":
+                understand(pipe, request.prompt_syntax)
 
             previews = None
             if request.preview is not None and on_preview is not None:

@@ -117,7 +117,7 @@ def _read(model_id: str, folder: Path, revision: str, key: str, source: str) -> 
         scheduler=components["scheduler"][1] if "scheduler" in components else "",
         # a transformer works on 2x2 patches of latents; a UNet pipeline asks for multiples of 8
         size_multiple=factor * patch if "transformer" in components else max(8, factor),
-        text_layers=int(_config(folder, "text_encoder/config.json").get("num_hidden_layers", 0)),
+        text_layers=_text_layers(folder),
         default_size=sample * factor if isinstance(sample, int) and 0 < sample < _LARGEST_SAMPLE else None,
         bytes=sum(p.stat().st_size for p in files if p.suffix in _WEIGHTS),
         key=key,
@@ -153,6 +153,12 @@ def _takes_picture(denoiser: dict[str, Any]) -> bool:
     if denoiser.get("_class_name") not in _EVEN or not isinstance(taken, int) or not isinstance(given, int):
         return False
     return taken > given
+
+
+def _text_layers(folder: Path) -> int:
+    """Of its first text encoder; a refiner of SDXL has only the second one."""
+    config = _config(folder, "text_encoder/config.json") or _config(folder, "text_encoder_2/config.json")
+    return int(config.get("num_hidden_layers", 0))
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         scheduler_args: arguments of the scheduler's class, over the settings of the model's own.
         loras: in the order of the request.
         inversions: in the order of the request.
+        prompt_syntax: how the prompts are read: ``plain``, ``compel`` or ``a1111``.
     """
 
     id: str
@@ -133,6 +134,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     scheduler_args: dict[str, Any] = {}
     loras: tuple[Lora, ...] = ()
     inversions: tuple[Inversion, ...] = ()
+    prompt_syntax: str = "plain"
 
 
 class GenerationResult(msgspec.Struct):

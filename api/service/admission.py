@@ -24,6 +24,7 @@ from api.service.choices import check_early, check_preview, choose_image_format,
 from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
 from api.service.pictures import read_picture
+from api.service.prompts import check_syntax, check_weighing
 from api.service.schedulers import Scheduler, choose_scheduler
 from api.settings import Settings
 
@@ -55,6 +56,7 @@ class _Draft:
     images: int
     seed: int | list[int]
     callback_steps: int | None
+    prompt_syntax: str
 
 
 class Admission:
@@ -229,6 +231,8 @@ class Admission:
         given = checks.check_inputs(sent, accepted, pipeline)
         given = {**{name: spec.default for name, spec in accepted.items() if spec.default is not None}, **given}
         checks.check_values(given, accepted, model, self._settings)
+        prompt_syntax = check_syntax(options, given)
+        check_weighing(prompt_syntax, options, pipeline, accepted)
         images = checks.count_images(given, self._settings)
         seed = checks.check_seed(sent.get("seed"), images, secrets.randbelow(_MAX_DRAWN_SEED))
         callback_steps = sent.get("callback_steps")
@@ -248,6 +252,7 @@ class Admission:
             images=images,
             seed=seed,
             callback_steps=callback_steps,
+            prompt_syntax=prompt_syntax,
         )
 
     def _complete(
@@ -287,6 +292,8 @@ class Admission:
         low_vram = bool(options.get("low_vram"))
         if low_vram:
             meta["low_vram"] = True
+        if draft.prompt_syntax != "plain":
+            meta["prompt_syntax"] = draft.prompt_syntax
         if "startRequestId" in options:
             meta["startRequestId"] = options["startRequestId"]
         wants_xformers = options.get("xformers_memory_efficient_attention", self._settings.attention == "xformers")
@@ -311,6 +318,7 @@ class Admission:
             scheduler_args=draft.scheduler.args,
             loras=adapters.loras if adapters else (),
             inversions=adapters.inversions if adapters else (),
+            prompt_syntax=draft.prompt_syntax,
         )
 
     def _offload(self, options: dict[str, Any], low_vram: bool) -> str:

@@ -10,6 +10,7 @@ from api.models.description import InstalledModel
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, catalogue, nearest
 from api.service import inputs as checks
 from api.service.fitting import misfit, pipelines_of
+from api.service.prompts import check_syntax
 from api.service.schedulers import check_name
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -109,6 +110,7 @@ def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
         ApiError: NO_SUCH_PIPELINE, NO_SUCH_SCHEDULER, UNKNOWN_INPUT, INVALID_INPUTS.
     """
     choose_image_format(options)
+    check_syntax(options, model_inputs)
     known = catalogue()
     pipeline, scheduler = options.get("PIPELINE"), options.get("SCHEDULER")
     if pipeline and pipeline != "ALL" and pipeline not in AUTO and pipeline not in known.pipeline_names:

@@ -14,6 +14,7 @@ from api.errors import ApiError
 from api.models.adapters import INVERSION, LORA, Asked, read_asked
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS
+from api.schema.prompts import SYNTAXES
 
 _LONGEST = 200
 _LONGEST_URL = 8192
@@ -143,6 +144,11 @@ OPTIONS: dict[str, Option] = {
         {"use_karras_sigmas": True, "timestep_spacing": "trailing"},
     ),
     "safety_checker": flag("run the model's safety checker, where it has one", "`true`", False),
+    "prompt_syntax": choice(
+        "how prompts are read: as they are, or with weights, as compel or the web UI of AUTOMATIC1111 write them",
+        "`plain`", "a1111", SYNTAXES,
+    ),
+    "compel_prompts": flag('the same as `prompt_syntax: "compel"`'),
     "is_url": flag("`image`, `mask_image` and `init_image` are URLs"),
     "image_format": text("`PNG`, `JPEG` or `WEBP`", "`PNG`", "JPEG"),
     "image_quality": whole("for JPEG and WEBP; 100 makes WEBP lossless", "95", 90, 1, 100),
@@ -174,7 +180,6 @@ KNOWN = tuple(OPTIONS)
 
 LATER = {
     "custom_pipeline_method": "pipelines are called, no other method of theirs",
-    "compel_prompts": "prompts are taken as they are",
     "SEND_URL": "no webhooks are sent yet",
     "SIGN_KEY": "no webhooks are sent yet",
     "use_extra": "there are no extras yet",
@@ -209,6 +214,10 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
         checked = option.check(value, field, option.meaning)
         if checked is not None:
             out[name] = checked
+    compel, syntax = out.get("compel_prompts"), out.get("prompt_syntax")
+    if compel is not None and syntax is not None and compel != (syntax == "compel") and (compel or syntax == "compel"):
+        message = f"Asks for the opposite of prompt_syntax {syntax}; send one of them."
+        raise ApiError("INVALID_INPUTS", message, field="callInputs.compel_prompts", requested=compel)
     if out.get("low_vram") and out.get("OFFLOAD") == "none":
         message = "Asks for the opposite of OFFLOAD none; send one of them."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.low_vram", requested=True)
