@@ -236,6 +236,12 @@ class Settings:
     adapters_limit: int = _variable(
         "ADAPTERS_LIMIT", "1GiB", _bytes, "what LoRAs that no running job uses may take on a device, beside the models"
     )
+    embeddings_limit: int = _variable(
+        "EMBEDDINGS_LIMIT",
+        "64MiB",
+        _bytes,
+        "what embeddings of prompts may take on a device, for prompts that come again; 0: none are kept",
+    )
     max_queue: int = _variable("MAX_QUEUE", "100", _whole(1, 100_000), "requests that may wait; the next one is a 429")
     max_concurrency: int = _variable(
         "MAX_CONCURRENCY", "16", _whole(1, 256), "requests that share a device step by step; 1: one after the other"

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from torch import nn
+
 from api.engine.books import Begun, Moves, NeverFits, State, total
 from api.engine.calls import Cancelled
 from api.engine.host import TICK, HostParts, never_fits
@@ -57,6 +59,8 @@ class ModelCache:
         self._building = threading.Lock()
         self.on_clear: Callable[[], bool] = lambda: False
         """Forgets what else the device holds for jobs to come; whether there was anything."""
+        self.on_leave: Callable[[nn.Module], None] = lambda module: None
+        """Told each module that leaves the device, or whose place another part takes over."""
         self.rates = {"read": self._host.rate, "copy": self._mover.rate}
 
     def __contains__(self, ref: ModelRef) -> bool:
@@ -412,11 +416,14 @@ class ModelCache:
         """Let go of what left a tier, and of the models that were made of it."""
         self._host.forget(moves.host)
         for key in moves.device:
-            self._modules.pop(key, None)
+            left = self._modules.pop(key, None)
+            for module in left.values() if isinstance(left, dict) else [left]:
+                if module is not None:
+                    self.on_leave(module)
         if moves.device:
             self._owed = True
-            left = set(moves.device)
-            for key in [key for key in self._models if left & self._known.keys(key)]:
+            keys = set(moves.device)
+            for key in [key for key in self._models if keys & self._known.keys(key)]:
                 del self._models[key]
                 log.info("evicted %s", key)
         return moves

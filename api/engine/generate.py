@@ -21,6 +21,7 @@ from api.engine.cache import ModelCache
 from api.engine.calling import call, images_of, to_pil, to_uint8
 from api.engine.calls import Cancelled, Ticket
 from api.engine.device import Device, is_fatal
+from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
 from api.engine.line import Line, out_of_memory
 from api.engine.loader import LoadedModel, PartLoader
@@ -34,6 +35,7 @@ from api.engine.prompts import understand
 from api.engine.schedulers import refused_by
 from api.engine.staging import Stager
 from api.engine.tiers import Tiers
+from api.engine.truncation import cut_off
 from api.engine.views import view
 from api.errors import ApiError
 from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef
@@ -73,6 +75,7 @@ class Engine:
         longest_wait: seconds for which a job may be passed by jobs whose model is in memory.
         idle_timeout: seconds after which an unused model leaves the device; 0: never.
         adapters_limit: bytes of the device that adapters may take which no running job uses.
+        embeddings_limit: bytes of the device that results of text encoders may take, for prompts that come again.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Engine:
         longest_wait: float = 10.0,
         idle_timeout: float = 0.0,
         adapters_limit: int = 2**30,
+        embeddings_limit: int = 2**26,
     ) -> None:
         self.device = device
         found = device.memory()
@@ -94,12 +98,17 @@ class Engine:
         executor, loader = self.executor, loader or PartLoader(device, limits.host)
         self.cache = ModelCache(tiers, loader, executor.on_device, executor.exclusively, device.release_cache)
         self.adapters = Adapters(device.torch, adapters_limit)
-        self.cache.on_clear = self.adapters.clear
+        self.embeddings = Embeddings(embeddings_limit)
+        self.cache.on_clear, self.cache.on_leave = self._clear, self.embeddings.forget
         self.line = Line(self.cache, longest_wait)
         self.attempts = Attempts(self.cache, self.line, device, self._run, limits.strict, self._foresees)
         self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
         self.line.on_change = self.stager.poke
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+
+    def _clear(self) -> bool:
+        """Forget what the device holds beside models for jobs to come; whether there was anything."""
+        return any([self.adapters.clear(), self.embeddings.clear()])
 
     def close(self) -> None:
         """End the threads."""
@@ -251,7 +260,8 @@ class Engine:
             parts = placed(model, parts, used, placement)
             parts, told = self.adapters.applied(model, parts, used, request)
             generator = make_generators(request.seed)
-            seen = {name: view(part, self.executor, ticket, first_seed(request.seed)) for name, part in parts.items()}
+            seed, known = first_seed(request.seed), self.embeddings
+            seen = {name: view(part, self.executor, ticket, seed, known) for name, part in parts.items()}
             pipe = make_pipeline(
                 model,
                 seen,
@@ -295,6 +305,8 @@ class Engine:
             images = to_uint8(images_of(out))
         flags = getattr(out, "nsfw_content_detected", None)
         nsfw = [bool(flag) for flag in flags] if flags is not None else None
+        if warnings := cut_off(pipe, request.inputs, request.prompt_syntax):
+            told = {**told, "warnings": warnings}
         return Ran(images, nsfw, model.dtype, used, placement, told)
 
     def _foresees(self, build: Build, request: GenerationRequest, placement: str) -> bool:

@@ -269,14 +269,14 @@ def _look_at_tensor(path: str, name: str, value: torch.Tensor, rows: int, kinds:
     elif name in ROWS and value.dim() and value.shape[0] == rows:
         kind, of_kind = "rows", tuple(value.shape[1:])
     elif name in SAME:
-        kind, of_kind = "same", (tuple(value.shape), _digest(value))
+        kind, of_kind = "same", (tuple(value.shape), digest(value))
     else:
         return None
     kinds[path] = kind
     return (path, kind, of_kind, value.dtype, value.device)
 
 
-def _digest(value: torch.Tensor) -> str:
+def digest(value: torch.Tensor) -> str:
     """Of its content; kept with the tensor, so that a job that uses it in every step waits for the device once."""
     known = getattr(value, _DIGEST, None)
     if known is None or known[0] != value._version:

@@ -6,14 +6,11 @@ weights that fits is encoded by the pipeline itself: its image is that of a plai
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
 
 from api.engine.weighing import Side
 from api.errors import ApiError
@@ -50,9 +47,7 @@ def _encode(pipe: Any, given: dict[str, Any], syntax: str) -> None:
         texts = [prompt.text for prompt in found]
         given[name] = texts if isinstance(given[name], list) else texts[0]
     sides = _sides(pipe, given, prompts)
-    if all(side.is_plain for side in sides):
-        return
-    with _scaled(pipe, given.get("lora_scale")):
+    if not all(side.is_plain for side in sides):
         _embed(pipe, sides, given)
 
 
@@ -136,17 +131,3 @@ def _embed(pipe: Any, sides: list[Side], given: dict[str, Any]) -> None:
         for negative in polarities:
             name = "negative_pooled_prompt_embeds" if negative else "pooled_prompt_embeds"
             given[name] = sides[-1].pooled(negative)
-
-
-@contextlib.contextmanager
-def _scaled(pipe: Any, scale: float | None) -> Iterator[None]:
-    """The scale of LoRAs, as ``encode_prompt`` sets it around its own calls."""
-    parts = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")] if scale is not None else []
-    parts = [part for part in parts if part is not None]
-    for part in parts:
-        scale_lora_layers(part, scale)
-    try:
-        yield
-    finally:
-        for part in parts:
-            unscale_lora_layers(part, scale)

@@ -20,6 +20,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from api.engine.calls import Ticket
+from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
 from api.engine.noise import Seeded
 
@@ -33,7 +34,7 @@ _TREE = "_view_tree"
 _ABSENT = object()
 
 
-def view(part: Any, executor: Executor, ticket: Ticket, seed: int = 0) -> Any:
+def view(part: Any, executor: Executor, ticket: Ticket, seed: int = 0, embeddings: Embeddings | None = None) -> Any:
     """The view of one component for one job; what is no module is given as it is.
 
     Args:
@@ -41,8 +42,9 @@ def view(part: Any, executor: Executor, ticket: Ticket, seed: int = 0) -> Any:
         executor: runs its calls.
         ticket: the job.
         seed: for what draws from torch's global random numbers, as ``generate`` of a language model does.
+        embeddings: answers calls of text encoders that were made before.
     """
-    return _Tree(part, executor, ticket, seed).plant() if isinstance(part, nn.Module) else part
+    return _Tree(part, executor, ticket, seed, embeddings).plant() if isinstance(part, nn.Module) else part
 
 
 class _Children(dict[str, Any]):
@@ -111,10 +113,13 @@ class _Tree:
     they and the weights stay until the garbage collector comes by.
     """
 
-    def __init__(self, part: nn.Module, executor: Executor, ticket: Ticket, seed: int) -> None:
+    def __init__(
+        self, part: nn.Module, executor: Executor, ticket: Ticket, seed: int, embeddings: Embeddings | None
+    ) -> None:
         self.part = part
         self.executor = executor
         self.ticket = ticket
+        self.embeddings = embeddings
         self.noise = Seeded(seed)
         self.inside = False
         """Whether a call of the job's own tree is being made: what it calls on itself is part of it."""
@@ -241,7 +246,12 @@ def _handed_over(cls: type[nn.Module], name: str) -> Callable[..., Any]:
         if name in _CODECS and tree.dtype is not None:
             args = tuple(_cast(value, tree.dtype) for value in args)
             kwargs = {key: _cast(value, tree.dtype) for key, value in kwargs.items()}
-        result = tree.executor.run(tree.ticket, tree.method(name), args, kwargs)
+        function = tree.method(name)
+
+        def run() -> Any:
+            return tree.executor.run(tree.ticket, function, args, kwargs)
+
+        result = tree.embeddings.called(function, args, kwargs, run) if tree.embeddings else run()
         if name != "encode":
             return result
         # latents in the autoencoder's precision would be refused by a denoiser that is held in another

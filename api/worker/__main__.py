@@ -69,6 +69,7 @@ def main() -> None:
         longest_wait=settings.max_switch_wait,
         idle_timeout=settings.model_idle_timeout,
         adapters_limit=settings.adapters_limit,
+        embeddings_limit=settings.embeddings_limit,
     )
     init_ms = round((time.perf_counter() - began) * 1000)
     gc.freeze()
