@@ -18,6 +18,7 @@ CODES: dict[str, tuple[int, str]] = {
     "URL_NOT_ALLOWED": (400, "The address is not http(s), or leads into a private network."),
     "LIMIT_EXCEEDED": (400, "The request is over a limit of this server; the message names the limit."),
     "NO_MODEL_ID": (400, "No model was named and the server has no default."),
+    "SAFETY_REQUIRED": (403, "SAFETY_CHECKER is required, and the request or the model would do without one."),
     "NOT_FOUND": (404, "No such route."),
     "MODEL_NOT_FOUND": (
         404,

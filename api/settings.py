@@ -220,6 +220,13 @@ class Settings:
     devices: tuple[str, ...] = _variable(
         "DEVICES", "", _list, "e.g. cuda:0,cuda:1 or cpu; empty: all GPUs, else the CPU"
     )
+    safety_checker: str = _variable(
+        "SAFETY_CHECKER",
+        "auto",
+        _one_of("auto", "required", "off"),
+        "auto: a model's safety checker runs unless a request says otherwise; required: always, models without one are "
+        "refused; off: only where a request asks for it",
+    )
     attention: str = _variable(
         "ATTENTION",
         "auto",

@@ -44,6 +44,7 @@ class Ran(NamedTuple):
     attention: str
     placement: str
     told: dict[str, Any]
+    extras: dict[str, bytes]
 
 
 class _Short(NamedTuple):

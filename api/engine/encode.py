@@ -6,13 +6,18 @@ deflate. Ten and more times faster than Pillow, pixels identical (PNG, W3C Third
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 from isal import isal_zlib
 from PIL import Image
+
+from api.engine.metadata import LONGEST_IN_JPEG, META, PARAMETERS, Texts
+from api.schema.images import IMAGE_FORMATS
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 3: 2, 4: 6}
@@ -20,37 +25,49 @@ _NONE, _SUB, _UP = 0, 1, 2
 _LEVEL = 1
 
 
-def encode(pixels: np.ndarray, image_format: str, quality: int = 95, parameters: str | None = None) -> bytes:
+def encode(
+    pixels: np.ndarray, image_format: str, quality: int = 95, *, lossless: bool = False, texts: Texts | None = None
+) -> bytes:
     """Encode one image.
 
     Args:
         pixels: uint8 (H, W, 3), or (H, W, 1) / (H, W, 4) for PNG.
-        image_format: ``PNG``, ``JPEG`` or ``WEBP``.
-        quality: 1-100, for JPEG and WEBP; 100 is lossless for WEBP.
-        parameters: text kept in the file, where the format can (PNG).
+        image_format: one of ``IMAGE_FORMATS``.
+        quality: 1-100, for all but PNG; 100 is lossless for WEBP and JXL.
+        lossless: keep every pixel; only where the format can.
+        texts: kept in the file; a JPEG drops what does not fit into its 64 KiB.
 
     Raises:
-        ValueError: an unknown format, or pixels of another shape or type.
+        ValueError: an unknown format, one that cannot be lossless, or pixels of another shape or type.
+        ImportError: the format needs a module that is not installed.
     """
     if image_format == "PNG":
-        return encode_png(pixels, parameters)
-    if image_format not in ("JPEG", "WEBP"):
+        return encode_png(pixels, texts)
+    if image_format not in IMAGE_FORMATS:
         raise ValueError(f"unknown image format {image_format}")
-    out = io.BytesIO()
-    image = Image.fromarray(pixels)
+    if lossless and not IMAGE_FORMATS[image_format].lossless:
+        raise ValueError(f"{image_format} cannot be lossless")
+    if module := IMAGE_FORMATS[image_format].module:
+        importlib.import_module(module)  # tells Pillow of it
+    longest = LONGEST_IN_JPEG if image_format == "JPEG" else None
+    more: dict[str, Any] = {"exif": texts.exif(longest)} if texts else {}
     if image_format == "JPEG":
-        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
+        more["subsampling"] = 0 if quality >= 90 else 2
+    elif image_format == "AVIF":
+        more["subsampling"] = "4:4:4" if quality >= 90 else "4:2:0"
     else:
-        image.save(out, "WEBP", quality=quality, lossless=quality == 100)
+        more["lossless"] = lossless or quality == 100
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, image_format, quality=quality, **more)
     return out.getvalue()
 
 
-def encode_png(pixels: np.ndarray, parameters: str | None = None) -> bytes:
+def encode_png(pixels: np.ndarray, texts: Texts | None = None) -> bytes:
     """Encode as PNG.
 
     Args:
         pixels: uint8 (H, W, C), C = 1, 3 or 4.
-        parameters: kept in a text chunk of that name, where other tools look for it.
+        texts: kept in text chunks, where other tools look for them.
 
     Raises:
         ValueError: pixels of another shape or type.
@@ -61,8 +78,8 @@ def encode_png(pixels: np.ndarray, parameters: str | None = None) -> bytes:
     rows = np.ascontiguousarray(pixels).reshape(height, width * channels)
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     chunks = [_SIGNATURE, _chunk(b"IHDR", header)]
-    if parameters:
-        chunks.append(_text_chunk("parameters", parameters))
+    if texts:
+        chunks += [_text_chunk(PARAMETERS, texts.parameters), _text_chunk(META, texts.meta)]
     chunks += [_chunk(b"IDAT", isal_zlib.compress(_filtered(rows, channels), _LEVEL)), _chunk(b"IEND", b"")]
     return b"".join(chunks)
 

@@ -23,6 +23,7 @@ from api.engine.calls import Cancelled, Ticket
 from api.engine.device import Device, is_fatal
 from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
+from api.engine.extras import Extras
 from api.engine.line import Line, out_of_memory
 from api.engine.loader import LoadedModel, PartLoader
 from api.engine.offload import held_as
@@ -54,15 +55,22 @@ class Generated:
         meta: what is to be known of it beyond the request.
         timings: milliseconds by phase.
         nsfw: per image, where a safety checker ran.
+        extras: encoded, by name; see ``Extras``.
     """
 
     def __init__(
-        self, images: np.ndarray, meta: dict[str, Any], timings: dict[str, int], nsfw: list[bool] | None
+        self,
+        images: np.ndarray,
+        meta: dict[str, Any],
+        timings: dict[str, int],
+        nsfw: list[bool] | None,
+        extras: dict[str, bytes] | None = None,
     ) -> None:
         self.images = images
         self.meta = meta
         self.timings = timings
         self.nsfw = nsfw
+        self.extras = extras or {}
 
 
 class Engine:
@@ -251,7 +259,7 @@ class Engine:
         finally:
             self.cache.give_back()
         on_phase("inference", "done")
-        return Generated(done.images, self._meta(request, done), timings, done.nsfw)
+        return Generated(done.images, self._meta(request, done), timings, done.nsfw, done.extras)
 
     def _run(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
         request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview
@@ -274,6 +282,9 @@ class Engine:
             if request.prompt_syntax != "plain":
                 understand(pipe, request.prompt_syntax)
 
+            if request.safety_required and getattr(pipe, "safety_checker", None) is None:
+                raise _unsafe(request)
+            extras = Extras(pipe, request)
             previews = None
             if request.preview is not None and on_preview is not None:
                 size = request.inputs.get("width"), request.inputs.get("height")
@@ -285,6 +296,7 @@ class Engine:
                     raise Cancelled
                 total = max(pipe.num_timesteps, step + 1)
                 on_step(step + 1, total)
+                extras.after(step + 1, tensors.get("latents"))
                 if previews:
                     previews.after(step + 1, total, tensors.get("latents"))
                 return {}
@@ -293,7 +305,7 @@ class Engine:
             arguments = {**copy.deepcopy(without_scale(request.inputs)), **to_pil(request.pictures)}
             try:
                 out = call(pipe, arguments, generator, after_step)
-            except (Cancelled, torch.OutOfMemoryError):
+            except (ApiError, Cancelled, torch.OutOfMemoryError):
                 raise
             except Exception as fault:
                 if refusal := refused_by(fault, request, type(model.components.get("scheduler")).__name__):
@@ -304,10 +316,12 @@ class Engine:
                 raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
             images = to_uint8(images_of(out))
         flags = getattr(out, "nsfw_content_detected", None)
+        if request.safety_required and flags is None:
+            raise _unsafe(request)
         nsfw = [bool(flag) for flag in flags] if flags is not None else None
         if warnings := cut_off(pipe, request.inputs, request.prompt_syntax):
             told = {**told, "warnings": warnings}
-        return Ran(images, nsfw, model.dtype, used, placement, told)
+        return Ran(images, nsfw, model.dtype, used, placement, told, extras.encoded(pipe))
 
     def _foresees(self, build: Build, request: GenerationRequest, placement: str) -> bool:
         """Whether a placement's weights and what was learned of its calls are more than there is."""
@@ -342,6 +356,11 @@ def make_generators(seed: int | list[int]) -> torch.Generator | list[torch.Gener
 def first_seed(seed: int | list[int]) -> int:
     """The seed of what is drawn once for all images."""
     return seed[0] if isinstance(seed, list) else seed
+
+
+def _unsafe(request: GenerationRequest) -> ApiError:
+    message = f"{request.pipeline} has its images seen by no safety checker, and this server gives out none like that."
+    return ApiError("SAFETY_REQUIRED", message, field="callInputs.PIPELINE", requested=request.pipeline)
 
 
 _RARE = frozenset(

@@ -13,20 +13,20 @@ from sanic.response import HTTPResponse, empty
 
 from api.errors import ApiError
 from api.http.accept import accept, brief
-from api.http.native import IMAGE_TYPES, halves, images_body, parse_object, result_body, wanted_type
+from api.http.native import halves, images_body, parse_object, result_body, wanted_type
 from api.schema.generation import GenerationResult
+from api.schema.images import IMAGE_FORMATS
 from api.service.jobs import TERMINAL
 from api.service.later import PRIORITIES, Later
 from api.service.ledger import Events
 from api.service.reports import preview_links
-from api.service.results import EXTENSIONS
 from api.service.store import Entry
 
 _KEEP_ALIVE = 15.0
 """Seconds without an event after which a comment is sent, so that proxies do not take the connection for dead."""
 _READERS = ("text/event-stream", "application/x-ndjson", "application/json")
 _NAMES = {number: name for name, number in PRIORITIES.items()}
-_TYPES = {EXTENSIONS[name]: content_type for content_type, name in IMAGE_TYPES.items()}
+_TYPES = {found.extension: found.content_type for found in IMAGE_FORMATS.values()}
 _MOST_LISTED = 1000
 
 
@@ -183,7 +183,8 @@ async def _result(later: Later, entry: Entry, as_links: bool) -> dict[str, Any]:
     assert stored is not None
     links = [f"/jobs/{entry.id}/images/{number}" for number in range(stored.images)] if as_links else None
     images = [] if as_links else [await later.ledger.image(entry, number) for number in range(stored.images)]
-    return result_body(GenerationResult(images, stored.meta, stored.timings, stored.mem_usage, stored.nsfw), links)
+    result = GenerationResult(images, stored.meta, stored.timings, stored.mem_usage, stored.nsfw, stored.extras)
+    return result_body(result, links)
 
 
 def _images_as_links(request: Request) -> bool:

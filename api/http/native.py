@@ -18,13 +18,14 @@ from api.http.accept import accept
 from api.http.errors import error_body, to_api_error
 from api.schema.catalogue import nearest
 from api.schema.generation import GenerationResult
+from api.schema.images import IMAGE_FORMATS, format_name
 from api.schema.messages import OnTheWay, Phase, Preview
 from api.schema.transfers import Transfer
 from api.service.service import Service
 from api.service.steps import Steps
 
 KEYS = ("modelInputs", "callInputs")
-IMAGE_TYPES = {"image/png": "PNG", "image/webp": "WEBP", "image/jpeg": "JPEG"}
+IMAGE_TYPES = {found.content_type: name for name, found in IMAGE_FORMATS.items()}
 OFFERS = ("application/json", *IMAGE_TYPES, "application/x-ndjson")
 _HEADER_LIMIT = 4096
 """Bytes of ``$meta`` that fit in a response header; many clients take no more than 8 KiB in all."""
@@ -52,6 +53,9 @@ async def generate(request: Request) -> HTTPResponse | None:
     admitted = await service.admit(request.ctx.id, model_inputs, call_inputs)
     if wanted in IMAGE_TYPES and admitted.request.images > 1:
         message = f"{admitted.request.images} images do not fit in one {wanted}; accept application/json."
+        raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
+    if wanted in IMAGE_TYPES and admitted.request.output:
+        message = f"What output asks for does not fit in one {wanted}; accept application/json."
         raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
     result = await service.finish(service.submit(admitted))
     if wanted in IMAGE_TYPES:
@@ -146,7 +150,7 @@ def _q_value(parameters: list[str]) -> float:
 def _with_format(call_inputs: dict[str, Any], wanted: str) -> dict[str, Any]:
     """The image format that ``Accept`` asks for; an ``image_format`` that says otherwise is a mistake."""
     named = call_inputs.get("image_format")
-    if named and (not isinstance(named, str) or named.upper().replace("JPG", "JPEG") != IMAGE_TYPES[wanted]):
+    if named and (not isinstance(named, str) or format_name(named) != IMAGE_TYPES[wanted]):
         message = f"The Accept header asks for {wanted}; leave image_format out, or let it say the same."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.image_format", requested=named)
     return {**call_inputs, "image_format": IMAGE_TYPES[wanted]}
@@ -159,6 +163,7 @@ def result_body(result: GenerationResult, links: list[str] | None = None) -> dic
         links: where the images are, to be told instead of the images.
     """
     body: dict[str, Any] = {"$meta": result.meta, **images_body(result.images, links)}
+    body.update({f"{name}_base64": pybase64.b64encode_as_string(extra) for name, extra in result.extras.items()})
     if result.nsfw is not None:
         body["nsfw_content_detected"] = result.nsfw
     body["$timings"] = result.timings

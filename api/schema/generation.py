@@ -12,6 +12,11 @@ WEIGHTS = ("full", "model", "sequential")
 OFFLOADS = ("auto", "none", "model", "sequential")
 """What a client can ask of them."""
 
+OUTPUTS = ("images", "latents", "intermediate_latents", "mask")
+"""What a client can ask for; images are always there."""
+EXTRAS_LIMIT = 32 * 2**20
+"""Bytes of latents in one answer."""
+
 
 class ModelRef(msgspec.Struct, frozen=True):
     """What names weights.
@@ -99,7 +104,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         pictures: image arguments by name.
         seed: one seed for all images, or one per image.
         images: how many images the request makes.
-        image_format: ``PNG``, ``JPEG`` or ``WEBP``.
+        image_format: one of ``IMAGE_FORMATS``.
         image_quality: 1-100, for the lossy formats.
         attention: ``sdpa`` or ``xformers``: what was asked for.
         safety_checker: run the model's safety checker, where it has one.
@@ -112,6 +117,10 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         loras: in the order of the request.
         inversions: in the order of the request.
         prompt_syntax: how the prompts are read: ``plain``, ``compel`` or ``a1111``.
+        lossless: keep every pixel when images are encoded.
+        image_metadata: write ``$meta`` and A1111's text into the files.
+        output: what comes beside the images, of ``OUTPUTS``.
+        safety_required: images that no safety checker has seen are not given out.
     """
 
     id: str
@@ -135,6 +144,10 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     loras: tuple[Lora, ...] = ()
     inversions: tuple[Inversion, ...] = ()
     prompt_syntax: str = "plain"
+    lossless: bool = False
+    image_metadata: bool = True
+    output: tuple[str, ...] = ()
+    safety_required: bool = False
 
 
 class GenerationResult(msgspec.Struct):
@@ -146,6 +159,7 @@ class GenerationResult(msgspec.Struct):
         timings: milliseconds by phase.
         mem_usage: allocated / total memory of the device, 0 on a CPU.
         nsfw: per image, where a safety checker ran.
+        extras: what was asked for beside the images: ``latents`` as safetensors, ``mask`` as PNG.
     """
 
     images: list[bytes]
@@ -153,3 +167,4 @@ class GenerationResult(msgspec.Struct):
     timings: dict[str, int]
     mem_usage: float
     nsfw: list[bool] | None = None
+    extras: dict[str, bytes] = {}

@@ -20,11 +20,13 @@ from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture,
 from api.schema.transfers import Transfer
 from api.service import inputs as checks
 from api.service.adapters import Adapters, Chosen
-from api.service.choices import check_early, check_preview, choose_image_format, choose_pipeline
+from api.service.choices import check_early, choose_pipeline
 from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
+from api.service.output import Encoding, check_output, choose_encoding
 from api.service.pictures import read_picture
 from api.service.prompts import check_syntax, check_weighing
+from api.service.safety import choose_safety
 from api.service.schedulers import Scheduler, choose_scheduler
 from api.settings import Settings
 
@@ -49,8 +51,9 @@ class _Draft:
     requested: str
     pipeline: str
     scheduler: Scheduler
-    image_format: str
-    quality: int
+    encoding: Encoding
+    output: tuple[str, ...]
+    safety_checker: bool
     accepted: dict[str, Input]
     given: dict[str, Any]
     images: int
@@ -224,9 +227,10 @@ class Admission:
         """Everything that can be said once the model's configuration is at hand."""
         requested, pipeline = choose_pipeline(options, model_inputs, model, self._settings.pipeline)
         scheduler = choose_scheduler(options, model, self._settings.scheduler)
-        check_preview(options, model)
-        image_format, quality = choose_image_format(options)
+        safety_checker = choose_safety(options, model, self._settings.safety_checker)
+        encoding = choose_encoding(options)
         accepted = catalogue().pipelines[pipeline]
+        output = check_output(options, accepted, pipeline)
         sent = checks.rename_aliases(model_inputs, accepted)
         given = checks.check_inputs(sent, accepted, pipeline)
         given = {**{name: spec.default for name, spec in accepted.items() if spec.default is not None}, **given}
@@ -245,8 +249,9 @@ class Admission:
             requested=requested,
             pipeline=pipeline,
             scheduler=scheduler,
-            image_format=image_format,
-            quality=quality,
+            encoding=encoding,
+            output=output,
+            safety_checker=safety_checker,
             accepted=accepted,
             given=given,
             images=images,
@@ -276,9 +281,9 @@ class Admission:
             **_told(draft.scheduler),
             "pipeline": draft.pipeline,
             "modelInputs": repeat,
-            "image_format": draft.image_format,
-            "image_quality": draft.quality,
-            "safety_checker": options.get("safety_checker", True),
+            "image_format": draft.encoding.format,
+            "image_quality": draft.encoding.quality,
+            "safety_checker": draft.safety_checker,
             **(adapters.meta if adapters else {}),
         }
         for name, place in (("MODEL_URL", source.url), ("CHECKPOINT_URL", source.checkpoint)):
@@ -289,6 +294,8 @@ class Admission:
         if draft.model.source:
             meta["source"] = draft.model.source
             meta["source_version"] = ref.revision
+        if draft.encoding.lossless:
+            meta["lossless"] = True
         low_vram = bool(options.get("low_vram"))
         if low_vram:
             meta["low_vram"] = True
@@ -307,10 +314,11 @@ class Admission:
             pictures=pictures,
             seed=seed,
             images=draft.images,
-            image_format=draft.image_format,
-            image_quality=draft.quality,
+            image_format=draft.encoding.format,
+            image_quality=draft.encoding.quality,
             attention="xformers" if wants_xformers else "sdpa",
-            safety_checker=options.get("safety_checker", True),
+            safety_checker=draft.safety_checker,
+            safety_required=self._settings.safety_checker == "required",
             meta=meta,
             preview=options.get("preview"),
             offload=self._offload(options, low_vram),
@@ -319,6 +327,9 @@ class Admission:
             loras=adapters.loras if adapters else (),
             inversions=adapters.inversions if adapters else (),
             prompt_syntax=draft.prompt_syntax,
+            lossless=draft.encoding.lossless,
+            image_metadata=options.get("image_metadata", True),
+            output=draft.output,
         )
 
     def _offload(self, options: dict[str, Any], low_vram: bool) -> str:

@@ -1,4 +1,4 @@
-"""What a request chooses by name: pipeline, image format; what it gets, or what there is instead."""
+"""What a request chooses by name: its pipeline; what it gets, or what there is instead."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from api.models.description import InstalledModel
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, catalogue, nearest
 from api.service import inputs as checks
 from api.service.fitting import misfit, pipelines_of
+from api.service.output import choose_encoding
 from api.service.prompts import check_syntax
 from api.service.schedulers import check_name
-
-FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def choose_pipeline(
@@ -71,45 +70,13 @@ def _by_content(model_inputs: dict[str, Any], tasks: dict[str, str], own: str) -
     return own
 
 
-def choose_image_format(options: dict[str, Any]) -> tuple[str, int]:
-    """The images' format, and its quality.
-
-    Raises:
-        ApiError: INVALID_INPUTS.
-    """
-    name = str(options.get("image_format", "PNG")).upper().replace("JPG", "JPEG")
-    if name not in FORMATS:
-        raise ApiError(
-            "INVALID_INPUTS",
-            "Not an image format that this server writes.",
-            field="callInputs.image_format",
-            requested=options["image_format"],
-            available=list(FORMATS),
-        )
-    return name, options.get("image_quality", 95)
-
-
-def check_preview(options: dict[str, Any], model: InstalledModel) -> None:
-    """Whether previews may be shown.
-
-    Raises:
-        ApiError: INVALID_INPUTS: they would show what the safety checker hides.
-    """
-    if "preview" in options and options.get("safety_checker", True) and "safety_checker" in model.components:
-        message = (
-            f"{model.model_id} has a safety checker, which sees finished images only: previews would show what it "
-            "hides. Leave preview out, or send safety_checker: false."
-        )
-        raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
-
-
 def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
     """What can be said of a request before anything is known of its model.
 
     Raises:
         ApiError: NO_SUCH_PIPELINE, NO_SUCH_SCHEDULER, UNKNOWN_INPUT, INVALID_INPUTS.
     """
-    choose_image_format(options)
+    choose_encoding(options)
     check_syntax(options, model_inputs)
     known = catalogue()
     pipeline, scheduler = options.get("PIPELINE"), options.get("SCHEDULER")

@@ -13,7 +13,7 @@ import msgspec
 from api.errors import ApiError
 from api.models.adapters import INVERSION, LORA, Asked, read_asked
 from api.schema.catalogue import nearest
-from api.schema.generation import OFFLOADS
+from api.schema.generation import OFFLOADS, OUTPUTS
 from api.schema.prompts import SYNTAXES
 
 _LONGEST = 200
@@ -84,6 +84,18 @@ def whole(meaning: str, default: str, example: int, low: int, high: int) -> Opti
     return Option(kind=f"integer, {low}–{high}", meaning=meaning, default=default, example=example, check=check)
 
 
+def words(meaning: str, default: str, example: list[str], among: tuple[str, ...]) -> Option:
+    """An option that is a list of some words."""
+
+    def check(value: Any, field: str, meaning: str) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(word, str) and word in among for word in value):
+            raise _invalid(field, f"Must be a list of some of {', '.join(among)}.", value, among)
+        return tuple(value)
+
+    kind = "list of " + ", ".join(f"`{word}`" for word in among)
+    return Option(kind=kind, meaning=meaning, default=default, example=example, check=check)
+
+
 def names(meaning: str, default: str, example: dict[str, Any], most: int = 64) -> Option:
     """An option that is an object: names, and a value for each."""
 
@@ -150,8 +162,14 @@ OPTIONS: dict[str, Option] = {
     ),
     "compel_prompts": flag('the same as `prompt_syntax: "compel"`'),
     "is_url": flag("`image`, `mask_image` and `init_image` are URLs"),
-    "image_format": text("`PNG`, `JPEG` or `WEBP`", "`PNG`", "JPEG"),
-    "image_quality": whole("for JPEG and WEBP; 100 makes WEBP lossless", "95", 90, 1, 100),
+    "image_format": text("`PNG`, `JPEG`, `WEBP`, `AVIF`; `JXL` where its codec is installed", "`PNG`", "AVIF"),
+    "image_quality": whole("for all but PNG; 100 makes WEBP and JXL lossless", "95", 90, 1, 100),
+    "lossless": flag("keep every pixel: PNG, WEBP and JXL can"),
+    "image_metadata": flag("write `$meta` and AUTOMATIC1111's `parameters` into the files", "`true`", False),
+    "output": words(
+        "what comes beside the images: `latents`, `intermediate_latents` (after each step), the `mask` of inpainting",
+        "`images`", ["images", "latents"], OUTPUTS,
+    ),
     "xformers_memory_efficient_attention": flag("use xformers where installed"),
     "low_vram": flag("decode in slices and tiles, with one part of the model on the device at a time"),
     "OFFLOAD": choice(

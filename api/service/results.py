@@ -7,8 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
-
 
 class Images:
     """Images by job.

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from api.schema.generation import GenerationResult
+from api.schema.images import IMAGE_FORMATS
 from api.service.database import Database
 from api.service.jobs import JobState
-from api.service.results import EXTENSIONS, Images
+from api.service.results import Images
 
 MAX_TRIES = 3
 """A job that was running so often when the server died is FAILED."""
@@ -39,6 +40,7 @@ class StoredResult(msgspec.Struct):
     nsfw: list[bool] | None
     images: int
     extension: str
+    extras: dict[str, bytes] = {}
 
 
 class Entry(NamedTuple):
@@ -209,9 +211,12 @@ class Store:
         """
         if not self._db.execute("SELECT 1 FROM jobs WHERE id = ? AND NOT over", (job_id,)).fetchone():
             return None
-        extension = EXTENSIONS.get(str(result.meta.get("image_format")), "png")
+        found = IMAGE_FORMATS.get(str(result.meta.get("image_format")))
+        extension = found.extension if found else "png"
         self.images.write(job_id, result.images, extension)
-        stored = StoredResult(result.meta, result.timings, result.mem_usage, result.nsfw, len(result.images), extension)
+        stored = StoredResult(
+            result.meta, result.timings, result.mem_usage, result.nsfw, len(result.images), extension, result.extras
+        )
         return self._finish(job_id, JobState.COMPLETED, events, stored, None, **times)
 
     def fail(

@@ -18,7 +18,7 @@ from api.engine.calls import Cancelled
 from api.engine.device import is_fatal, release_host_memory
 from api.engine.encode import encode
 from api.engine.generate import Engine, Generated
-from api.engine.parameters import parameters
+from api.engine.metadata import texts
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult
 from api.schema.messages import (
@@ -62,11 +62,11 @@ def _end_if_lost(fault: BaseException) -> None:
         os._exit(DEVICE_LOST)
 
 
-def _at_once(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+def _at_once(call: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
     """What ``Executor.submit`` does, here and now."""
     future: Future[Any] = Future()
     try:
-        future.set_result(call(*arguments))
+        future.set_result(call(*arguments, **named))
     except Exception as fault:
         future.set_exception(fault)
     return future
@@ -265,7 +265,14 @@ class Worker:
         count = len(generated.images)
         submit = _at_once if generated.images[0].size * count <= _SMALL else self._encoders.submit
         images = [
-            submit(encode, image, request.image_format, request.image_quality, parameters(meta, index, count))
+            submit(
+                encode,
+                image,
+                request.image_format,
+                request.image_quality,
+                lossless=request.lossless,
+                texts=texts(meta, index, count) if request.image_metadata else None,
+            )
             for index, image in enumerate(generated.images)
         ]
         if submit is not _at_once:
@@ -275,7 +282,8 @@ class Worker:
             try:
                 encoded = [image.result() for image in images]  # submitted earlier, so never behind this
                 timings["encode"] = round((time.perf_counter() - began) * 1000)
-                self._link.send(Done(request.id, GenerationResult(encoded, meta, timings, usage, generated.nsfw)))
+                result = GenerationResult(encoded, meta, timings, usage, generated.nsfw, generated.extras)
+                self._link.send(Done(request.id, result))
             except Exception:
                 log.exception("an image could not be encoded", extra={"request_id": request.request_id})
                 message = "The image could not be encoded; the server's log says more."

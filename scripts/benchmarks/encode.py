@@ -11,10 +11,12 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from api.engine.encode import encode_png
+from api.engine.metadata import Texts
 from scripts.benchmarks.measure import Figure, interleaved, median
 
 ROUNDS = 15
 TEXT = "a photo of a mountain lake at dawn\nSteps: 30, Sampler: DPM++ 2M, CFG scale: 7, Seed: 1, Size: 1024x1024"
+TEXTS = Texts(TEXT, "{}")
 
 
 def picture(kind: str) -> np.ndarray:
@@ -43,12 +45,12 @@ def run() -> list[Figure]:
     figures = []
     for kind in ("photo", "noise"):
         pixels = picture(kind)
-        ours, theirs = encode_png(pixels, TEXT), pillow(pixels)
+        ours, theirs = encode_png(pixels, TEXTS), pillow(pixels)
         for data in (ours, theirs):
             image = Image.open(io.BytesIO(data))
             assert np.array_equal(np.asarray(image), pixels)
             assert image.text["parameters"] == TEXT  # type: ignore[attr-defined]
-        calls = [functools.partial(encode_png, pixels, TEXT), functools.partial(pillow, pixels)]
+        calls = [functools.partial(encode_png, pixels, TEXTS), functools.partial(pillow, pixels)]
         a, b = (median(times) for times in interleaved(calls, ROUNDS))
         more = {"size": f"{len(ours) / 1e6:.2f}MB", "baseline_size": f"{len(theirs) / 1e6:.2f}MB"}
         figures.append(Figure(f"encode-{kind}", a, b, "ms", "Pillow's default PNG", b / a, more))

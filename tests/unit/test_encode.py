@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from api.engine.encode import encode, encode_png
+from api.engine.metadata import Texts
 
 KINDS = {
     "noise": lambda h, w, c, rng: rng.integers(0, 256, (h, w, c)),
@@ -46,11 +48,42 @@ def test_png_of_a_view_that_is_not_contiguous() -> None:
 
 @pytest.mark.parametrize("text", ["a red circle\nSteps: 20, Seed: 1", "ein roter Kreis, größer", "赤い丸 🎨"])
 def test_parameters_come_back(text: str) -> None:
-    image = Image.open(io.BytesIO(encode_png(np.zeros((8, 8, 3), np.uint8), text)))
-    assert image.text["parameters"] == text
+    image = Image.open(io.BytesIO(encode_png(np.zeros((8, 8, 3), np.uint8), Texts(text, '{"a": 1}'))))
+    assert image.text == {"parameters": text, "meta": '{"a": 1}'}
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "WEBP"])
+def comment(image: Image.Image) -> str:
+    """A1111's text, as its own tools read it: piexif's ``UserComment.load`` takes UNICODE for big-endian UTF-16."""
+    found = image.getexif().get_ifd(0x8769)[0x9286]
+    assert found.startswith(b"UNICODE\0")
+    return found[8:].decode("utf-16-be")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "AVIF", "JXL"])
+@pytest.mark.parametrize("text", ["a red circle\nSteps: 20, Seed: 1", "赤い丸 🎨"])
+def test_other_formats_hold_the_same_in_exif(image_format: str, text: str) -> None:
+    if image_format == "JXL":
+        pytest.importorskip("pillow_jxl")
+    pixels = np.full((16, 16, 3), 90, np.uint8)
+    data = encode(pixels, image_format, texts=Texts(text, '{"seed": 1}'))
+    image = Image.open(io.BytesIO(data))
+    assert image.format in (image_format, "JXL")
+    assert comment(image) == text
+    assert json.loads(image.getexif()[0x010E]) == {"seed": 1}
+    assert not Image.open(io.BytesIO(encode(pixels, image_format))).getexif()
+
+
+def test_a_jpeg_drops_what_does_not_fit_and_others_keep_it() -> None:
+    pixels, long = np.zeros((8, 8, 3), np.uint8), Texts("a" * 20_000, json.dumps("b" * 40_000))
+    image = Image.open(io.BytesIO(encode(pixels, "JPEG", texts=long)))
+    assert comment(image) == long.parameters and 0x010E not in image.getexif()
+    image = Image.open(io.BytesIO(encode(pixels, "JPEG", texts=Texts("a" * 40_000, "{}"))))
+    assert 0x8769 not in image.getexif()
+    image = Image.open(io.BytesIO(encode(pixels, "WEBP", texts=long)))
+    assert comment(image) == long.parameters and image.getexif()[0x010E] == long.meta
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "AVIF"])
 def test_lossy_formats_are_close(image_format: str) -> None:
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 3, (64, 64, 3)).copy()
     image = Image.open(io.BytesIO(encode(ramp, image_format, 95)))
@@ -58,9 +91,27 @@ def test_lossy_formats_are_close(image_format: str) -> None:
     assert np.abs(np.asarray(image.convert("RGB")).astype(int) - ramp).mean() < 3
 
 
-def test_webp_at_100_is_lossless() -> None:
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JXL"])
+@pytest.mark.parametrize("how", [{"quality": 100}, {"quality": 60, "lossless": True}])
+def test_lossless_keeps_every_pixel(image_format: str, how: dict) -> None:
+    if image_format == "JXL":
+        pytest.importorskip("pillow_jxl")
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode(pixels, "WEBP", 100))).convert("RGB")), pixels)
+    data = encode(pixels, image_format, **how)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), pixels)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "AVIF"])
+def test_formats_that_cannot_be_lossless_say_so(image_format: str) -> None:
+    with pytest.raises(ValueError, match="cannot be lossless"):
+        encode(np.zeros((8, 8, 3), np.uint8), image_format, lossless=True)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "AVIF"])
+def test_less_quality_is_fewer_bytes(image_format: str) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    sizes = [len(encode(pixels, image_format, quality)) for quality in (20, 60, 95)]
+    assert sizes == sorted(set(sizes))
 
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3))])
