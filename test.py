@@ -112,6 +112,21 @@ def txt2img_textual_inversion() -> Json:
     return {"modelInputs": inputs, "callInputs": {"textual_inversions": words}}
 
 
+@example("txt2img-scheduler-args")
+def txt2img_scheduler_args() -> Json:
+    """A scheduler by the name that AUTOMATIC1111 has for it, with an argument besides."""
+    inputs = {"prompt": "a white ring on a green background", "num_inference_steps": 20, "seed": 8}
+    options = {"SCHEDULER": "DPM++ 2M SDE Karras", "scheduler_args": {"timestep_spacing": "trailing"}}
+    return {"modelInputs": inputs, "callInputs": options}
+
+
+@example("txt2img-avif")
+def txt2img_avif() -> Json:
+    """AVIF, and the latents that the picture was decoded from."""
+    inputs = {"prompt": "an orange star on a black background", "num_inference_steps": 20, "seed": 9}
+    return {"modelInputs": inputs, "callInputs": {"image_format": "AVIF", "output": ["images", "latents"]}}
+
+
 @example("img2img")
 def img2img() -> Json:
     """A picture drawn over another: the green circle becomes red, and stays where it is."""
@@ -191,7 +206,8 @@ def save_images(name: str, answer: Json, folder: Path) -> Json:
     shown = dict(answer)
     single = answer.get("image_base64")
     images = [single] if single else answer.get("images_base64", [])
-    suffix = {"JPEG": "jpg", "WEBP": "webp"}.get(answer.get("$meta", {}).get("image_format"), "png")
+    suffixes = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif", "JXL": "jxl"}
+    suffix = suffixes.get(answer.get("$meta", {}).get("image_format"), "png")
     described = []
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
@@ -204,6 +220,11 @@ def save_images(name: str, answer: Json, folder: Path) -> Json:
         shown["image_base64"] = described[0]
     elif described:
         shown["images_base64"] = described
+    if "latents_base64" in answer:
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(base64.b64decode(answer["latents_base64"]))
+        print(f"Saved {path}")
+        shown["latents_base64"] = "[latents]"
     return shown
 
 

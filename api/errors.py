@@ -46,6 +46,7 @@ CODES: dict[str, tuple[int, str]] = {
     "CANCELLED": (499, "The client went away, the job was cancelled, or a model was unloaded while it was loaded."),
     "INTERNAL_ERROR": (500, "A fault of the server; the log has the request id."),
     "SOURCE_UNREACHABLE": (502, "An image or a model could not be fetched from where it lies."),
+    "UPLOAD_FAILED": (502, "The images could not be put where `output_url` says."),
     "NOT_READY": (503, "No worker can run jobs at the moment."),
     "WORKER_DIED": (503, "The server died three times while it ran this job for later."),
     "JOB_KILLED_WORKER": (422, "The worker died while it ran this job alone; it is not tried again for a while."),

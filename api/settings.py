@@ -263,7 +263,9 @@ class Settings:
         _seconds,
         "seconds a request may take, waiting included; for jobs for later, running alone counts",
     )
-    fetch_timeout: float = _variable("FETCH_TIMEOUT", "20", _seconds, "seconds an image URL may take")
+    fetch_timeout: float = _variable(
+        "FETCH_TIMEOUT", "20", _seconds, "seconds an image URL may take, to read or to upload to"
+    )
     watchdog_timeout: float = _variable(
         "WATCHDOG_TIMEOUT",
         "900",

@@ -82,8 +82,9 @@ async def image(request: Request, id: str, n: str) -> HTTPResponse:
     """One image of a job that is COMPLETED."""
     later = _later(request)
     entry = await later.ledger.get(id)
-    if entry.result is None:
-        message = f"The job has no images: it is {entry.state.value}."
+    if entry.result is None or not entry.result.images:
+        why = "they were uploaded" if entry.result else f"it is {entry.state.value}"
+        message = f"The job has no images here: {why}."
         raise ApiError("NOT_FOUND", message, requested=n)
     number = _whole(n, "n", 0, low=0, high=entry.result.images - 1)
     data = await later.ledger.image(entry, number)
@@ -183,7 +184,9 @@ async def _result(later: Later, entry: Entry, as_links: bool) -> dict[str, Any]:
     assert stored is not None
     links = [f"/jobs/{entry.id}/images/{number}" for number in range(stored.images)] if as_links else None
     images = [] if as_links else [await later.ledger.image(entry, number) for number in range(stored.images)]
-    result = GenerationResult(images, stored.meta, stored.timings, stored.mem_usage, stored.nsfw, stored.extras)
+    result = GenerationResult(
+        images, stored.meta, stored.timings, stored.mem_usage, stored.nsfw, stored.extras, stored.urls
+    )
     return result_body(result, links)
 
 

@@ -54,8 +54,8 @@ async def generate(request: Request) -> HTTPResponse | None:
     if wanted in IMAGE_TYPES and admitted.request.images > 1:
         message = f"{admitted.request.images} images do not fit in one {wanted}; accept application/json."
         raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
-    if wanted in IMAGE_TYPES and admitted.request.output:
-        message = f"What output asks for does not fit in one {wanted}; accept application/json."
+    if wanted in IMAGE_TYPES and (admitted.request.output or admitted.destinations):
+        message = f"Links, and what output asks for, do not fit in one {wanted}; accept application/json."
         raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
     result = await service.finish(service.submit(admitted))
     if wanted in IMAGE_TYPES:
@@ -162,13 +162,18 @@ def result_body(result: GenerationResult, links: list[str] | None = None) -> dic
     Args:
         links: where the images are, to be told instead of the images.
     """
-    body: dict[str, Any] = {"$meta": result.meta, **images_body(result.images, links)}
+    images = _uploaded(result.urls) if result.urls else images_body(result.images, links)
+    body: dict[str, Any] = {"$meta": result.meta, **images}
     body.update({f"{name}_base64": pybase64.b64encode_as_string(extra) for name, extra in result.extras.items()})
     if result.nsfw is not None:
         body["nsfw_content_detected"] = result.nsfw
     body["$timings"] = result.timings
     body["$mem_usage"] = result.mem_usage
     return body
+
+
+def _uploaded(urls: list[str]) -> dict[str, Any]:
+    return {"image_url": urls[0]} if len(urls) == 1 else {"image_urls": urls}
 
 
 def images_body(images: list[bytes], links: list[str] | None = None) -> dict[str, Any]:

@@ -160,6 +160,7 @@ class GenerationResult(msgspec.Struct):
         mem_usage: allocated / total memory of the device, 0 on a CPU.
         nsfw: per image, where a safety checker ran.
         extras: what was asked for beside the images: ``latents`` as safetensors, ``mask`` as PNG.
+        urls: where the images are, where they were uploaded; then ``images`` is empty.
     """
 
     images: list[bytes]
@@ -168,3 +169,4 @@ class GenerationResult(msgspec.Struct):
     mem_usage: float
     nsfw: list[bool] | None = None
     extras: dict[str, bytes] = {}
+    urls: list[str] = []

@@ -21,6 +21,7 @@ from api.schema.transfers import Transfer
 from api.service import inputs as checks
 from api.service.adapters import Adapters, Chosen
 from api.service.choices import check_early, choose_pipeline
+from api.service.destinations import Destination, check_destinations, choose_destinations
 from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
 from api.service.output import Encoding, check_output, choose_encoding
@@ -34,11 +35,19 @@ _MAX_DRAWN_SEED = 2**32
 
 
 class Admitted(NamedTuple):
-    """A request that can run, its checked options, and what fetching its model took, in milliseconds by phase."""
+    """A request that can run, and what is to be known of it.
+
+    Attributes:
+        request: for a worker.
+        options: its checked ``callInputs``.
+        timings: what fetching its model took, milliseconds by phase.
+        destinations: where its images go, if not into the answer.
+    """
 
     request: GenerationRequest
     options: dict[str, Any]
     timings: dict[str, int]
+    destinations: tuple[Destination, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class _Draft:
     encoding: Encoding
     output: tuple[str, ...]
     safety_checker: bool
+    id: str
+    destinations: tuple[Destination, ...]
     accepted: dict[str, Input]
     given: dict[str, Any]
     images: int
@@ -137,7 +148,7 @@ class Admission:
             with self._fetcher.hold(*chosen.folders):
                 request = self._complete(request_id, draft, pictures, ref, chosen)
         timings = {**chosen.timings, **fetched.timings}
-        return Admitted(request, {**options, "callback_steps": draft.callback_steps}, timings)
+        return Admitted(request, {**options, "callback_steps": draft.callback_steps}, timings, draft.destinations)
 
     async def check(self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]) -> None:
         """Validate a request that is to run later, as far as that goes without fetching anything.
@@ -198,6 +209,7 @@ class Admission:
     ) -> _Draft:
         """Everything that can be said of a request with its model's configuration; fills in its pictures."""
         draft = self._check(model, options, model_inputs, ref)
+        await check_destinations(draft.destinations, self._settings)
         if not pictures:  # read once, also where it is checked before the model is fetched and after
             pictures.update(await self._pictures(draft, model_inputs))
         _fill_size(draft, pictures)
@@ -239,6 +251,7 @@ class Admission:
         check_weighing(prompt_syntax, options, pipeline, accepted)
         images = checks.count_images(given, self._settings)
         seed = checks.check_seed(sent.get("seed"), images, secrets.randbelow(_MAX_DRAWN_SEED))
+        job_id = secrets.token_hex(8)
         callback_steps = sent.get("callback_steps")
         if callback_steps is not None and (not isinstance(callback_steps, int) or callback_steps < 1):
             raise ApiError("INVALID_INPUTS", "Must be a whole number, at least 1.", field="modelInputs.callback_steps")
@@ -252,6 +265,8 @@ class Admission:
             encoding=encoding,
             output=output,
             safety_checker=safety_checker,
+            id=job_id,
+            destinations=choose_destinations(options, images, encoding.format, job_id, self._settings),
             accepted=accepted,
             given=given,
             images=images,
@@ -305,7 +320,7 @@ class Admission:
             meta["startRequestId"] = options["startRequestId"]
         wants_xformers = options.get("xformers_memory_efficient_attention", self._settings.attention == "xformers")
         return GenerationRequest(
-            id=secrets.token_hex(8),
+            id=draft.id,
             request_id=request_id,
             model=ref,
             pipeline=draft.pipeline,

@@ -26,7 +26,7 @@ class NotAllowed(Exception):
     """An address that must not be connected to."""
 
 
-class _Guard(httpcore.AsyncNetworkBackend):
+class Guard(httpcore.AsyncNetworkBackend):
     """Connects only to public addresses, and to the very address that was checked."""
 
     def __init__(self, allow_private: bool) -> None:
@@ -41,6 +41,11 @@ class _Guard(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
+        """A connection to the first of a name's addresses.
+
+        Raises:
+            NotAllowed: one of them must not be connected to.
+        """
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -52,9 +57,15 @@ class _Guard(httpcore.AsyncNetworkBackend):
         return await self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
     async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
+        """There are none.
+
+        Raises:
+            NotAllowed: always.
+        """
         raise NotAllowed("unix socket")
 
     async def sleep(self, seconds: float) -> None:
+        """Wait."""
         await self._backend.sleep(seconds)
 
 
@@ -74,7 +85,7 @@ async def fetch(url: str, field: str, *, timeout: float, max_bytes: int, allow_p
     try:
         async with (
             asyncio.timeout(timeout),
-            httpcore.AsyncConnectionPool(network_backend=_Guard(allow_private)) as pool,
+            httpcore.AsyncConnectionPool(network_backend=Guard(allow_private)) as pool,
         ):
             return await _follow(pool, url, field, timeout, max_bytes)
     except TimeoutError:
@@ -90,7 +101,7 @@ async def _follow(pool: httpcore.AsyncConnectionPool, url: str, field: str, time
     timeouts = {"timeout": {"connect": timeout, "read": timeout, "write": timeout, "pool": timeout}}
     headers = [("User-Agent", "diffusers-api"), ("Accept", "image/*,*/*;q=0.5")]
     for _ in range(MAX_REDIRECTS + 1):
-        _check_scheme(url, field)
+        check_scheme(url, field)
         async with pool.stream("GET", url, headers=headers, extensions=timeouts) as response:
             location = _header(response.headers, b"location")
             if response.status in _REDIRECTS and location:
@@ -110,7 +121,12 @@ async def _follow(pool: httpcore.AsyncConnectionPool, url: str, field: str, time
     raise _unreachable(url, field, f"more than {MAX_REDIRECTS} redirects")
 
 
-def _check_scheme(url: str, field: str) -> None:
+def check_scheme(url: str, field: str) -> None:
+    """Whether a text is an http(s) URL.
+
+    Raises:
+        ApiError: URL_NOT_ALLOWED.
+    """
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0

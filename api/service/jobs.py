@@ -15,6 +15,7 @@ import msgspec
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult, each_picture
 from api.schema.messages import Generate, OnTheWay, frame
+from api.service.destinations import Destination
 
 
 class JobState(StrEnum):
@@ -48,6 +49,7 @@ class Job:
         on_event: called with what the worker reports on the way.
         timings: milliseconds by phase of what came before, to be told with the result.
         patience: seconds after which nobody waits for it any more.
+        destinations: where its images go, if not into the answer.
 
     Attributes:
         framed: the message that gives it to a worker.
@@ -65,8 +67,10 @@ class Job:
         on_event: Callable[[OnTheWay], None] | None = None,
         timings: dict[str, int] | None = None,
         patience: float = math.inf,
+        destinations: tuple[Destination, ...] = (),
     ) -> None:
         self.request = request
+        self.destinations = destinations
         self._timings = timings or {}
         self.framed = _frame(request, events=on_event is not None)
         self.state = JobState.IN_QUEUE
@@ -89,7 +93,8 @@ class Job:
         """The same for two jobs that ask for the same."""
         request = self.request
         pictures = {n: [p.sha256 for p in each_picture({n: found})] for n, found in request.pictures.items()}
-        parts = [request.model.key, request.pipeline, request.scheduler, request.inputs, pictures, request.attention]
+        scheduler = request.scheduler, request.scheduler_args
+        parts = [request.model.key, request.pipeline, scheduler, request.inputs, pictures, request.attention]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
     @property

@@ -123,6 +123,13 @@ def _adapters(kind: str) -> Callable[[Any, str, str], Any]:
     return check
 
 
+def _urls(value: Any, field: str, meaning: str) -> tuple[str, ...]:
+    urls = value if isinstance(value, list) else [value]
+    if not urls or not all(isinstance(url, str) and 0 < len(url) <= _LONGEST_URL for url in urls):
+        raise _invalid(field, f"Must be a URL, or a list of URLs: {meaning}.", None)
+    return tuple(urls)
+
+
 def _invalid(field: str, message: str, value: Any, among: tuple[str, ...] | None = None) -> ApiError:
     return ApiError("INVALID_INPUTS", message, field=field, requested=value, available=list(among) if among else None)
 
@@ -166,6 +173,15 @@ OPTIONS: dict[str, Option] = {
     "image_quality": whole("for all but PNG; 100 makes WEBP and JXL lossless", "95", 90, 1, 100),
     "lossless": flag("keep every pixel: PNG, WEBP and JXL can"),
     "image_metadata": flag("write `$meta` and AUTOMATIC1111's `parameters` into the files", "`true`", False),
+    "output_url": Option(
+        kind="string, or strings: one for each image",
+        meaning="upload the images instead: an http(s) URL that takes a PUT, or `s3://` in the server's own bucket",
+        default="none", example="s3:///bucket/folder/name.png", check=_urls,
+    ),
+    "dest_url": Option(
+        kind="the same", meaning="another name of `output_url`", default="none", example="https://host/presigned?…",
+        check=_urls,
+    ),
     "output": words(
         "what comes beside the images: `latents`, `intermediate_latents` (after each step), the `mask` of inpainting",
         "`images`", ["images", "latents"], OUTPUTS,
@@ -203,7 +219,6 @@ LATER = {
     "use_extra": "there are no extras yet",
     "FILL_MODE": "prepare the picture before sending it",
     "train": "training is not offered yet",
-    "dest_url": "the answer holds the images",
 }
 """Options of docker-diffusers-api that this version refuses rather than ignores."""
 
@@ -236,6 +251,11 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
     if compel is not None and syntax is not None and compel != (syntax == "compel") and (compel or syntax == "compel"):
         message = f"Asks for the opposite of prompt_syntax {syntax}; send one of them."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.compel_prompts", requested=compel)
+    if "dest_url" in out:
+        if "output_url" in out:
+            message = "Another name of output_url; send one of them."
+            raise ApiError("INVALID_INPUTS", message, field="callInputs.dest_url")
+        out["output_url"] = out.pop("dest_url")
     if out.get("low_vram") and out.get("OFFLOAD") == "none":
         message = "Asks for the opposite of OFFLOAD none; send one of them."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.low_vram", requested=True)

@@ -12,11 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from api.errors import ApiError
 from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
+from api.schema.images import IMAGE_FORMATS
 from api.schema.messages import OnTheWay
 from api.schema.transfers import Transfer
 from api.service.admission import Admission, Admitted
@@ -25,6 +28,7 @@ from api.service.fetcher import Fetcher
 from api.service.jobs import Job, JobState
 from api.service.later import Later
 from api.service.schedulers import check_name
+from api.service.upload import upload
 from api.settings import Settings
 
 log = logging.getLogger("api.service")
@@ -179,7 +183,8 @@ class Service:
         Raises:
             ApiError: the queue is full, or the server cannot run jobs.
         """
-        job = Job(admitted.request, on_event, admitted.timings, self.settings.request_timeout)
+        patience, destinations = self.settings.request_timeout, admitted.destinations
+        job = Job(admitted.request, on_event, admitted.timings, patience, destinations)
         self.dispatcher.submit(job)
         return job
 
@@ -190,7 +195,7 @@ class Service:
             from_start: REQUEST_TIMEOUT counts while a worker runs the job; otherwise from now on, waiting included.
 
         Raises:
-            ApiError: the job failed, was cancelled or timed out.
+            ApiError: the job failed, was cancelled or timed out; UPLOAD_FAILED.
         """
         limit = self.settings.request_timeout
         try:
@@ -204,7 +209,15 @@ class Service:
             self.dispatcher.cancel(job, ApiError("CANCELLED", "The client went away."))
             raise
         self.fetcher.upload_after_use(Path(job.request.model.folder))
-        return result
+        return await self._uploaded(job, result) if job.destinations else result
+
+    async def _uploaded(self, job: Job, result: GenerationResult) -> GenerationResult:
+        """The same with links in the place of images."""
+        began = time.perf_counter()
+        content_type = IMAGE_FORMATS[job.request.image_format].content_type
+        urls = await upload(job.destinations, result.images, content_type, self.settings)
+        timings = {**result.timings, "upload": round((time.perf_counter() - began) * 1000)}
+        return msgspec.structs.replace(result, images=[], urls=urls, timings=timings)
 
     async def _in_time(self, job: Job, limit: float, from_start: bool) -> GenerationResult:
         due = time.monotonic() + limit

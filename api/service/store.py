@@ -41,6 +41,7 @@ class StoredResult(msgspec.Struct):
     images: int
     extension: str
     extras: dict[str, bytes] = {}
+    urls: list[str] = []
 
 
 class Entry(NamedTuple):
@@ -215,7 +216,14 @@ class Store:
         extension = found.extension if found else "png"
         self.images.write(job_id, result.images, extension)
         stored = StoredResult(
-            result.meta, result.timings, result.mem_usage, result.nsfw, len(result.images), extension, result.extras
+            meta=result.meta,
+            timings=result.timings,
+            mem_usage=result.mem_usage,
+            nsfw=result.nsfw,
+            images=len(result.images),
+            extension=extension,
+            extras=result.extras,
+            urls=result.urls,
         )
         return self._finish(job_id, JobState.COMPLETED, events, stored, None, **times)
 
