@@ -26,7 +26,7 @@ CODES: dict[str, tuple[int, str]] = {
     ),
     "MODEL_MISMATCH": (
         404,
-        "The model is not here, and this server downloads nothing; `available` lists what is here.",
+        "The model is not here, and this server, or this route, fetches none; `available` lists what is here.",
     ),
     "NO_SUCH_PIPELINE": (404, "diffusers has no pipeline class of that name."),
     "NO_SUCH_SCHEDULER": (404, "diffusers has no scheduler class of that name."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 from sanic import Request, Sanic
@@ -14,6 +15,7 @@ from api.models.description import InstalledModel
 from api.schema.generation import ModelRef
 from api.schema.messages import Held
 from api.service import memory
+from api.service.describe import describe_inputs
 from api.service.fitting import pipelines_of
 from api.service.service import Service
 
@@ -23,6 +25,7 @@ _TIERS = ("device", "host", "disk")
 def register(app: Sanic) -> None:
     """Add the routes."""
     app.add_route(list_models, "/models", methods=["GET"])
+    app.add_route(schema, "/models/<model_id:path>/schema", methods=["GET"])
     app.add_route(load, "/models/load", methods=["POST"])
     app.add_route(unload, "/models/unload", methods=["POST"])
 
@@ -35,6 +38,12 @@ async def list_models(request: Request) -> HTTPResponse:
     transfers = [msgspec.to_builtins(transfer) for transfer in service.fetcher.transfers()]
     entries = [_entry(service, model) for model in (*models, *others)]
     return json({"models": entries, "transfers": transfers, "memory": _memory(service)})
+
+
+async def schema(request: Request, model_id: str) -> HTTPResponse:
+    """What requests may say to a model; ``callInputs`` that are texts may be given as the query."""
+    query = {name: values[-1] for name, values in request.args.items()}
+    return json(await describe_inputs(request.app.ctx.service, {**query, "MODEL_ID": unquote(model_id)}))
 
 
 async def load(request: Request) -> HTTPResponse:

@@ -245,7 +245,8 @@ class Admission:
         output = check_output(options, accepted, pipeline)
         sent = checks.rename_aliases(model_inputs, accepted)
         given = checks.check_inputs(sent, accepted, pipeline)
-        given = {**{name: spec.default for name, spec in accepted.items() if spec.default is not None}, **given}
+        defaults = {name: checks.default_of(name, spec, self._settings) for name, spec in accepted.items()}
+        given = {**{name: value for name, value in defaults.items() if value is not None}, **given}
         checks.check_values(given, accepted, model, self._settings)
         prompt_syntax = check_syntax(options, given)
         check_weighing(prompt_syntax, options, pipeline, accepted)

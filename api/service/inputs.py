@@ -18,11 +18,11 @@ MASKS = frozenset({"mask_image", "mask", "control_mask"})
 """Pictures of which only the brightness counts."""
 OURS = frozenset({"seed", "callback_steps"})
 """Inputs that the server itself uses."""
-_MAX_SEED = 2**64 - 1
+MAX_SEED = 2**64 - 1
 _MAX_WHOLE = 2**63
 _MAX_DEPTH = 8
-_MAX_PROMPT = 20_000
-_MAX_PICTURES = 16
+MAX_PROMPT = 20_000
+MAX_PICTURES = 16
 """Pictures under one name."""
 
 _DESCRIBED = {
@@ -37,7 +37,7 @@ _DESCRIBED = {
     "image": "an image (base64, or a URL with callInputs.is_url)",
     "images": "a list of images",
 }
-_RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[float, float]] = {
     "strength": (0, 1),
     "eta": (0, 1),
     "guidance_rescale": (0, 1),
@@ -94,7 +94,7 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, bool)
     if kind == "integer":
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return whole and not isinstance(value, bool) and -_MAX_WHOLE <= value <= _MAX_SEED
+        return whole and not isinstance(value, bool) and -_MAX_WHOLE <= value <= MAX_SEED
     if kind == "number":
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind == "object":
@@ -165,8 +165,8 @@ def check_inputs(model_inputs: dict[str, Any], accepted: dict[str, Input], pipel
             value = _cross_attention(value)
         if not any(_fits(value, kind) for kind in types):
             raise _invalid(name, f"Must be {' or '.join(_DESCRIBED[kind] for kind in types)}.", value)
-        if accepted[name].is_picture and isinstance(value, list) and len(value) > _MAX_PICTURES:
-            raise ApiError("LIMIT_EXCEEDED", f"At most {_MAX_PICTURES} images.", field=f"modelInputs.{name}")
+        if accepted[name].is_picture and isinstance(value, list) and len(value) > MAX_PICTURES:
+            raise ApiError("LIMIT_EXCEEDED", f"At most {MAX_PICTURES} images.", field=f"modelInputs.{name}")
         out[name] = _coerce(value, types)
     return out
 
@@ -184,6 +184,15 @@ def _cross_attention(value: Any) -> Any:
             field="modelInputs.cross_attention_kwargs",
         )
     return value
+
+
+def default_of(name: str, spec: Input, settings: Settings) -> Any:
+    """What holds where an input is not sent: the pipeline's default, as far as this server's limits allow it."""
+    if name in STEPS and isinstance(spec.default, int):
+        return min(spec.default, settings.max_steps)
+    if name in AREAS and isinstance(spec.default, int):
+        return min(spec.default, math.floor(settings.max_pixels ** (1 / AREAS[name])))
+    return spec.default
 
 
 def sides(inputs: dict[str, Any], pictures: dict[str, Any], pipeline: str, settings: Settings) -> None:
@@ -222,7 +231,7 @@ def check_values(inputs: dict[str, Any], accepted: dict[str, Input], model: Inst
 
 
 def _check_ranges(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
-    for name, (low, high) in _RANGES.items():
+    for name, (low, high) in RANGES.items():
         value = inputs.get(name)
         if value is not None and name in accepted and not low <= value <= high:
             wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
@@ -249,8 +258,8 @@ def _check_prompts(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
             raise ApiError("MISSING_INPUT", f"This pipeline needs {what}.", field=f"modelInputs.{name}")
     for name, value in (("prompt", prompt), ("negative_prompt", negative)):
         texts = value if isinstance(value, list) else [value or ""]
-        if any(len(text) > _MAX_PROMPT for text in texts):
-            raise ApiError("LIMIT_EXCEEDED", f"At most {_MAX_PROMPT} characters.", field=f"modelInputs.{name}")
+        if any(len(text) > MAX_PROMPT for text in texts):
+            raise ApiError("LIMIT_EXCEEDED", f"At most {MAX_PROMPT} characters.", field=f"modelInputs.{name}")
     if isinstance(negative, str) and isinstance(prompt, list):
         inputs["negative_prompt"] = [negative] * len(prompt)
     elif isinstance(negative, list) and (not isinstance(prompt, list) or len(negative) != len(prompt)):
@@ -324,8 +333,8 @@ def check_seed(seed: Any, images: int, draw: int) -> int | list[int]:
     if seed is None:
         return draw
     seeds = seed if isinstance(seed, list) else [seed]
-    if not all(_fits(s, "integer") and 0 <= s <= _MAX_SEED for s in seeds):
-        raise _invalid("seed", f"Must be a whole number from 0 to {_MAX_SEED}, or a list of them.", seed)
+    if not all(_fits(s, "integer") and 0 <= s <= MAX_SEED for s in seeds):
+        raise _invalid("seed", f"Must be a whole number from 0 to {MAX_SEED}, or a list of them.", seed)
     if not isinstance(seed, list):
         return int(seed)
     if len(seeds) != images:

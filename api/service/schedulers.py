@@ -144,6 +144,11 @@ def choose_scheduler(options: dict[str, Any], model: InstalledModel, default: st
     return found._replace(args={**found.args, **sent})
 
 
+def suitable(model: InstalledModel) -> list[str]:
+    """Classes that a model is well run with; none where it has several schedulers of its own."""
+    return [name for name in scheduler_classes() if model.scheduler and verdict(name, model).state == "suits"]
+
+
 def _default(model: InstalledModel, default: str) -> Scheduler:
     known, alias = scheduler_classes(), sampler(default)
     name = alias.scheduler if alias else default
@@ -164,7 +169,7 @@ def _named(named: str, model: InstalledModel) -> Scheduler:
             f"{name} {reason.rstrip('.')}.",
             field="callInputs.SCHEDULER",
             requested=named,
-            available=[each for each in scheduler_classes() if verdict(each, model).state == "suits"],
+            available=suitable(model),
         )
     note = f"{name} {reason}" if reason.startswith(("is ", "has ", "does ")) else reason
     return Scheduler(name, {**(alias.args if alias else {}), **more}, alias.name if alias else "", note)

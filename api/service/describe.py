@@ -1,0 +1,154 @@
+"""What requests may say to a model: the inputs of a pipeline as JSON Schema, and what there is to choose from."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from api.errors import ApiError
+from api.models.description import InstalledModel
+from api.schema.catalogue import AUTO, Input, catalogue
+from api.service import inputs as checks
+from api.service.choices import choose_pipeline
+from api.service.fitting import misfit, pipelines_of
+from api.service.options import check_options
+from api.service.schedulers import choose_scheduler, suitable
+from api.settings import Settings
+
+if TYPE_CHECKING:
+    from api.service.service import Service
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_IMAGE = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/*"}
+_SINGLE: dict[str, dict[str, Any]] = {
+    "string": {"type": "string"},
+    "integer": {"type": "integer"},
+    "number": {"type": "number"},
+    "boolean": {"type": "boolean"},
+    "object": {"type": "object"},
+    "image": _IMAGE,
+}
+_LISTS = {"strings": "string", "integers": "integer", "numbers": "number", "images": "image"}
+
+
+async def describe_inputs(service: Service, call_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model accepts: inputs, pipelines, schedulers and sizes.
+
+    Args:
+        service: whose library and limits.
+        call_inputs: what names the model, and ``PIPELINE`` where it is not the one that texts alone choose.
+
+    Raises:
+        ApiError: what is wrong with them; MODEL_MISMATCH: the model is not here.
+    """
+    options = check_options(dict(call_inputs))
+    ref = service.source_ref(options)
+    model = await asyncio.to_thread(service.library.find, ref)
+    if model is None and service.fetcher.is_local(ref):
+        model = (await service.fetcher.ensure(ref)).model  # no network: it says what there is
+    if model is None:
+        message = f"{ref.model_id} is not here. A request for it, or POST /models/load, brings it."
+        raise ApiError("MODEL_MISMATCH", message, field="callInputs.MODEL_ID", available=service.library.names())
+    return description(model, options, service.settings)
+
+
+def description(model: InstalledModel, options: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """The answer of ``GET /models/{id}/schema``.
+
+    Args:
+        model: what its configuration says of it.
+        options: checked ``callInputs``.
+        settings: the limits, and what holds where nothing is asked for.
+
+    Raises:
+        ApiError: NO_SUCH_PIPELINE, PIPELINE_NOT_SUPPORTED, NO_SUCH_SCHEDULER, INVALID_SCHEDULER.
+    """
+    _, pipeline = choose_pipeline(dict(options), {}, model, settings.pipeline)
+    tasks = {task: name for task, name in catalogue().tasks_of(model.class_name).items() if not misfit(model, name)}
+    return {
+        "MODEL_ID": model.model_id,
+        "MODEL_REVISION": model.revision,
+        "class": model.class_name,
+        "pipeline": pipeline,
+        "pipelines": pipelines_of(model),
+        "auto": {auto: tasks[task] for auto, task in AUTO.items() if task in tasks},
+        "scheduler": choose_scheduler(dict(options), model, settings.scheduler).name or None,
+        "schedulers": suitable(model),
+        "size": {"multiple": model.size_multiple, "default": model.default_size, "max_pixels": settings.max_pixels},
+        "modelInputs": schema_of(pipeline, model, settings),
+    }
+
+
+def schema_of(pipeline: str, model: InstalledModel, settings: Settings) -> dict[str, Any]:
+    """``modelInputs`` of a pipeline as JSON Schema (draft 2020-12).
+
+    It does not hold what depends on several inputs: a list of seeds is as long as there are images, and the like.
+    """
+    accepted = catalogue().pipelines[pipeline]
+    properties = {name: _property(name, spec, model, settings) for name, spec in accepted.items()}
+    for old, new in checks.ALIASES.items():
+        if new in accepted and old not in accepted:
+            properties[old] = {**properties[new], "deprecated": True, "description": f"The same as {new}."}
+    seed = {"type": "integer", "minimum": 0, "maximum": checks.MAX_SEED}
+    properties["seed"] = {"anyOf": [seed, {"type": "array", "items": seed, "minItems": 1}]}
+    properties["callback_steps"] = {"type": "integer", "minimum": 1}
+    required = [name for name, spec in accepted.items() if spec.required and name not in checks.ALIASES.values()]
+    schema: dict[str, Any] = {
+        "$schema": DIALECT,
+        "title": pipeline,
+        "type": "object",
+        "properties": properties,
+        "required": sorted({*required, *({"prompt"} & accepted.keys())}),
+        "additionalProperties": False,
+    }
+    if "image" in accepted and accepted["image"].required:
+        schema["anyOf"] = [{"required": [name]} for name in ("image", *checks.ALIASES) if name in properties]
+    return schema
+
+
+def _property(name: str, spec: Input, model: InstalledModel, settings: Settings) -> dict[str, Any]:
+    limits = _limits(name, model, settings)
+    forms = [_form(kind, limits) for kind in spec.types]
+    if name == "cross_attention_kwargs":
+        forms.append({"type": "string", "contentMediaType": "application/json"})
+    found: dict[str, Any] = forms[0] if len(forms) == 1 else {"anyOf": forms}
+    default = checks.default_of(name, spec, settings)
+    if default is None and name in ("width", "height"):
+        default = model.default_size
+    return {**found, "default": default} if default is not None else dict(found)
+
+
+def _form(kind: str, limits: dict[str, Any]) -> dict[str, Any]:
+    if kind in _LISTS:
+        most = {"maxItems": checks.MAX_PICTURES} if kind == "images" else {}
+        return {"type": "array", "items": _form(_LISTS[kind], limits), "minItems": 1, **most}
+    numeric = kind in ("integer", "number")
+    kept = {key: value for key, value in limits.items() if (key == "maxLength") != numeric}
+    return {**_SINGLE[kind], **(kept if numeric or kind == "string" else {})}
+
+
+def _limits(name: str, model: InstalledModel, settings: Settings) -> dict[str, Any]:
+    """What a value may be, by what requests are checked against."""
+    low, high = checks.RANGES.get(name, (-math.inf, math.inf))
+    found: dict[str, Any] = {}
+    if name in checks.STEPS:
+        high = min(high, settings.max_steps)
+    if name in ("num_images_per_prompt", "batch_size", "layers"):
+        high = min(high, settings.max_images)
+    if name in checks.AREAS:
+        low, high = 1, math.floor(settings.max_pixels ** (1 / checks.AREAS[name]))
+    if name == "clip_skip":
+        low, high = 0, max(0, model.text_layers - 1)
+    if name in ("width", "height"):
+        found["multipleOf"] = low = model.size_multiple
+        # the other side is a 32nd of it at least
+        high = math.isqrt(32 * settings.max_pixels) // model.size_multiple * model.size_multiple
+    if name in ("prompt", "negative_prompt"):
+        found["maxLength"] = checks.MAX_PROMPT
+    if low > -math.inf:
+        found["minimum"] = low
+    if high < math.inf:
+        found["maximum"] = high
+    return found
