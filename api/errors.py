@@ -19,6 +19,7 @@ CODES: dict[str, tuple[int, str]] = {
     "LIMIT_EXCEEDED": (400, "The request is over a limit of this server; the message names the limit."),
     "NO_MODEL_ID": (400, "No model was named and the server has no default."),
     "SAFETY_REQUIRED": (403, "SAFETY_CHECKER is required, and the request or the model would do without one."),
+    "REMOTE_CODE_NOT_ALLOWED": (403, "The pipeline would be code from the hub, and ALLOW_REMOTE_CODE is not set."),
     "NOT_FOUND": (404, "No such route."),
     "MODEL_NOT_FOUND": (
         404,

@@ -196,6 +196,12 @@ class Settings:
     aws_s3_addressing_style: str = _variable(
         "AWS_S3_ADDRESSING_STYLE", "auto", _one_of("auto", "path", "virtual"), "host/bucket or bucket.host"
     )
+    allow_remote_code: bool = _variable(
+        "ALLOW_REMOTE_CODE",
+        "0",
+        _flag,
+        "1: requests may name community pipelines of diffusers, which are code that is fetched from the hub and run",
+    )
     allow_pickle: str = _variable(
         "ALLOW_PICKLE",
         "weights",

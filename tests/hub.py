@@ -298,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
         return leaf
 
     def _resolve(self, path: str) -> None:
-        before, _, after = path.removeprefix("/").partition("/resolve/")
+        before, _, after = path.removeprefix("/").removeprefix("datasets/").partition("/resolve/")
         repo, _ = self._split(before)
         revision, _, name = after.partition("/")
         if not self._allowed(repo, files=True) or not (commit := self._commit(repo, revision)):

@@ -22,11 +22,12 @@ _LATENTS_AS_TENSORS = frozenset({"PRXPixelPipeline"})
 """Pipelines that give what they were at, and no image, where a tensor is asked for."""
 
 
-def call(pipe: Any, arguments: dict[str, Any], generator: Generators, after_step: AfterStep) -> Any:
+def call(pipe: Any, method: str, arguments: dict[str, Any], generator: Generators, after_step: AfterStep) -> Any:
     """Run a pipeline.
 
     Args:
         pipe: a job's own.
+        method: of it: ``__call__``, or what else it generates with.
         arguments: what the client sent, pictures as Pillow has them.
         generator: the job's random numbers.
         after_step: called after each step, where the pipeline tells of them.
@@ -35,22 +36,22 @@ def call(pipe: Any, arguments: dict[str, Any], generator: Generators, after_step
         What the pipeline gives.
     """
     cls: Any = type(pipe)
-    taken = inspect.signature(cls.__call__).parameters
+    taken = inspect.signature(getattr(cls, method)).parameters
     ours: dict[str, Any] = {"generator": generator, "output_type": output_type(cls, arguments)}
     if "callback_on_step_end" in taken:
         ours["callback_on_step_end"] = after_step
     elif "callback" in taken:
         ours |= {"callback": _old_callback(pipe, arguments, after_step), "callback_steps": 1}
-    tuples = _tuples(cls)
+    tuples = _tuples(getattr(cls, method))
     arguments = {name: tuple(v) if name in tuples and isinstance(v, list) else v for name, v in arguments.items()}
-    return pipe(**arguments, **{name: value for name, value in ours.items() if name in taken})
+    return getattr(pipe, method)(**arguments, **{name: value for name, value in ours.items() if name in taken})
 
 
 @functools.cache
-def _tuples(cls: Any) -> frozenset[str]:
+def _tuples(method: Any) -> frozenset[str]:
     """Arguments that are tuples: pipelines add some to others, and neither JSON nor msgpack has them."""
     found = set()
-    for name, parameter in inspect.signature(cls.__call__).parameters.items():
+    for name, parameter in inspect.signature(method).parameters.items():
         among = typing.get_args(parameter.annotation) or ()
         origins = {typing.get_origin(parameter.annotation), *map(typing.get_origin, among)}
         if tuple in origins and list not in origins:

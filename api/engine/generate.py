@@ -270,15 +270,7 @@ class Engine:
             generator = make_generators(request.seed)
             seed, known = first_seed(request.seed), self.embeddings
             seen = {name: view(part, self.executor, ticket, seed, known) for name, part in parts.items()}
-            pipe = make_pipeline(
-                model,
-                seen,
-                request.pipeline,
-                request.scheduler,
-                request.safety_checker,
-                generator,
-                request.scheduler_args,
-            )
+            pipe = make_pipeline(model, seen, request, generator)
             if request.prompt_syntax != "plain":
                 understand(pipe, request.prompt_syntax)
 
@@ -304,7 +296,7 @@ class Engine:
             # a copy: some pipelines write to lists that they are given, and a job may run again
             arguments = {**copy.deepcopy(without_scale(request.inputs)), **to_pil(request.pictures)}
             try:
-                out = call(pipe, arguments, generator, after_step)
+                out = call(pipe, request.method, arguments, generator, after_step)
             except (ApiError, Cancelled, torch.OutOfMemoryError):
                 raise
             except Exception as fault:

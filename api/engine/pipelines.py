@@ -11,18 +11,14 @@ import diffusers
 import torch
 from torch import nn
 
+from api.engine.community import community_class
 from api.engine.loader import LoadedModel
 from api.engine.schedulers import Generators, make_scheduler, seeded
+from api.schema.generation import GenerationRequest
 
 
 def make_pipeline(
-    model: LoadedModel,
-    components: dict[str, Any],
-    name: str,
-    scheduler: str,
-    safety_checker: bool,
-    generator: Generators,
-    scheduler_args: dict[str, Any] | None = None,
+    model: LoadedModel, components: dict[str, Any], request: GenerationRequest, generator: Generators
 ) -> diffusers.DiffusionPipeline:
     """A pipeline object for one job: views of the model's modules, a scheduler of its own.
 
@@ -31,24 +27,25 @@ def make_pipeline(
     Args:
         model: whose configuration and scheduler are taken.
         components: its parts, as this job sees them.
-        name: a diffusers pipeline class.
-        scheduler: a diffusers scheduler class; empty: the model's several, as they are.
-        safety_checker: keep the model's safety checker, where it has one.
+        request: what is asked for.
         generator: the job's random numbers.
-        scheduler_args: over the settings of the model's own scheduler.
+
+    Raises:
+        ApiError: INVALID_SCHEDULER, PIPELINE_NOT_SUPPORTED.
     """
-    cls = _on_one_device(getattr(diffusers, name))
+    own: Any = community_class(request.code) if request.code else getattr(diffusers, request.pipeline)
+    cls = _on_one_device(own)
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
     parts = {k: v for k, v in {**model.config, **components}.items() if k in accepted}
     for key, part in parts.items():  # a prior's, which is not to be chosen: schedulers count their steps
         if isinstance(part, diffusers.SchedulerMixin):
             parts[key] = seeded(copy.deepcopy(part), generator)
-    if scheduler:
-        parts["scheduler"] = make_scheduler(model, scheduler, generator, scheduler_args)
+    if request.scheduler:  # else the model's several, as they are
+        parts["scheduler"] = make_scheduler(model, request.scheduler, generator, request.scheduler_args)
     for key in cls._optional_components:
         if key in accepted:  # models saved by another class do not name them
             parts.setdefault(key, None)
-    if not safety_checker or parts.get("safety_checker") is None:
+    if not request.safety_checker or parts.get("safety_checker") is None:
         if "safety_checker" in accepted:
             parts["safety_checker"] = None
         if "requires_safety_checker" in accepted:

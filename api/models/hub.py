@@ -154,6 +154,30 @@ def fetch(
         return transfer(plan.model_id, plan.commit, plan.files, folder, tell, token, workers)
 
 
+def dataset_file(repo: str, name: str, token: str | None = None, endpoint: str | None = None) -> bytes | None:
+    """A small file of a dataset on the hub, as it is on its default branch; None: there is none of that name.
+
+    Args:
+        repo: ``org/name`` of the dataset.
+        name: of the file in it.
+        token: as for ``resolve``.
+        endpoint: as for ``resolve``.
+
+    Raises:
+        ApiError: SOURCE_DENIED, SOURCE_UNREACHABLE, MODEL_NOT_FOUND: there is no such dataset.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    address = (endpoint or constants.ENDPOINT or "https://huggingface.co").rstrip("/")
+    hub = _Hub(repo, address, _check_token(token))
+    with hub.told():
+        try:
+            return hub.content(hf_hub_url(repo, name, repo_type="dataset", revision="main", endpoint=address))
+        except EntryNotFoundError:
+            return None
+
+
 def cached(model_id: str, revision: str, cache_dir: Path, precision: str = "") -> Path | None:
     """Find a model in a hub cache folder, such as a platform brings along. No network, no lock, no write.
 
@@ -216,6 +240,10 @@ class _Hub:
 
     def json(self, url: str) -> dict[str, Any]:
         """GET a small JSON object."""
+        return msgspec.json.decode(self.content(url), type=dict[str, Any])
+
+    def content(self, url: str) -> bytes:
+        """GET a small file."""
         # not HfApi.list_repo_refs and the like: those wait forever for a server that does not answer
         from huggingface_hub import constants, get_session, hf_raise_for_status
 
@@ -224,7 +252,7 @@ class _Hub:
             hf_raise_for_status(response)
             return response.content
 
-        return msgspec.json.decode(_patiently(get), type=dict[str, Any])
+        return _patiently(get)
 
     def refs(self) -> tuple[list[str], list[str]]:
         """Branches and tags."""

@@ -91,6 +91,20 @@ class Inversion(msgspec.Struct, frozen=True):
     token: str
 
 
+class Code(msgspec.Struct, frozen=True):
+    """A pipeline that is not one of diffusers' own.
+
+    Attributes:
+        path: absolute, of its file.
+        sha256: of what the file held when the request was admitted.
+        class_name: the pipeline in it.
+    """
+
+    path: str
+    sha256: str
+    class_name: str
+
+
 class GenerationRequest(msgspec.Struct, frozen=True):
     """The validated description of one generation. Every dialect ends in it.
 
@@ -121,6 +135,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         image_metadata: write ``$meta`` and A1111's text into the files.
         output: what comes beside the images, of ``OUTPUTS``.
         safety_required: images that no safety checker has seen are not given out.
+        method: of the pipeline that generates; the pipeline itself is called unless the request says otherwise.
+        code: where the pipeline's class is, when it is not one of diffusers' own.
     """
 
     id: str
@@ -148,6 +164,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     image_metadata: bool = True
     output: tuple[str, ...] = ()
     safety_required: bool = False
+    method: str = "__call__"
+    code: Code | None = None
 
 
 class GenerationResult(msgspec.Struct):

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from api.errors import ApiError, nothing_to_offload
+from api.models.community import Community, community, is_community
 from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef, read_ref
 from api.schema.catalogue import Input, catalogue
-from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef, Picture, Pictures, each_picture
+from api.schema.generation import WEIGHTS, Code, GenerationRequest, ModelRef, Picture, Pictures, each_picture
 from api.schema.transfers import Transfer
 from api.service import inputs as checks
 from api.service.adapters import Adapters, Chosen
-from api.service.choices import check_early, choose_pipeline
+from api.service.choices import check_community, check_early, choose_method, choose_pipeline
 from api.service.destinations import Destination, check_destinations, choose_destinations
 from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
@@ -71,6 +72,8 @@ class _Draft:
     seed: int | list[int]
     callback_steps: int | None
     prompt_syntax: str
+    method: str
+    code: Code | None
 
 
 class Admission:
@@ -127,6 +130,7 @@ class Admission:
             ApiError: the first thing that is wrong.
         """
         options = check_options(call_inputs)
+        code = await self._community(options)
         if "preview" in options and on_event is None:
             message = "Previews are events, and this answer has none: send streamEvents as well, or a job for later."
             raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
@@ -135,12 +139,12 @@ class Admission:
         pictures: Pictures = {}
 
         async def check(model: InstalledModel) -> _Draft:
-            return await self._checked(model, options, model_inputs, ref, pictures)
+            return await self._checked(model, options, model_inputs, ref, pictures, code)
 
         found = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         fetched = Fetched(found, {}) if found else None
         if fetched is None:
-            check_early(options, model_inputs)
+            check_early(options, model_inputs, code)
             fetched = await self._fetcher.ensure(ref, check, on_event)
         with self._fetcher.hold(fetched.model.folder):
             draft = await check(fetched.model)
@@ -162,18 +166,18 @@ class Admission:
         if options.get("streamEvents"):
             message = "A job for later is not streamed to the one who sends it: read GET /jobs/{id}/events."
             raise ApiError("INVALID_INPUTS", message, field="callInputs.streamEvents")
-        ref = self.source_ref(options)
+        ref, code = self.source_ref(options), await self._community(options)
         self._adapters.check(options)
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         if model is None:
-            check_early(options, model_inputs)
+            check_early(options, model_inputs, code)
             if not self._fetcher.is_local(ref):
                 return
             model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
         if options.get("is_url"):
-            self._check(model, options, model_inputs, ref)
+            self._check(model, options, model_inputs, ref, code)
         else:
-            await self._checked(model, options, model_inputs, ref, {})
+            await self._checked(model, options, model_inputs, ref, {}, code)
 
     async def plan(
         self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
@@ -188,15 +192,15 @@ class Admission:
             ApiError: the first thing that is wrong; where nothing is fetched, that the model is not here.
         """
         options = check_options(call_inputs)
-        ref, pictures = self.source_ref(options), Pictures()
+        ref, pictures, code = self.source_ref(options), Pictures(), await self._community(options)
         self._adapters.check(options)
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         if model is None:
-            check_early(options, model_inputs)
+            check_early(options, model_inputs, code)
             if not self._fetcher.is_local(ref):
                 return ref, None
             model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
-        draft = await self._checked(model, options, model_inputs, ref, pictures)
+        draft = await self._checked(model, options, model_inputs, ref, pictures, code)
         return ref, self._complete("", draft, pictures, ref)
 
     async def _checked(
@@ -206,9 +210,10 @@ class Admission:
         model_inputs: dict[str, Any],
         ref: SourceRef,
         pictures: Pictures,
+        code: Community | None,
     ) -> _Draft:
         """Everything that can be said of a request with its model's configuration; fills in its pictures."""
-        draft = self._check(model, options, model_inputs, ref)
+        draft = self._check(model, options, model_inputs, ref, code)
         await check_destinations(draft.destinations, self._settings)
         if not pictures:  # read once, also where it is checked before the model is fetched and after
             pictures.update(await self._pictures(draft, model_inputs))
@@ -233,15 +238,32 @@ class Admission:
             )
         return ref
 
+    async def _community(self, options: dict[str, Any]) -> Community | None:
+        """The community pipeline that a request names, if it names one."""
+        name = options.get("PIPELINE", "")
+        if not is_community(name):
+            return None
+        return await asyncio.to_thread(community, name, self._settings)
+
     def _check(
-        self, model: InstalledModel, options: dict[str, Any], model_inputs: dict[str, Any], ref: SourceRef
+        self,
+        model: InstalledModel,
+        options: dict[str, Any],
+        model_inputs: dict[str, Any],
+        ref: SourceRef,
+        code: Community | None,
     ) -> _Draft:
         """Everything that can be said once the model's configuration is at hand."""
-        requested, pipeline = choose_pipeline(options, model_inputs, model, self._settings.pipeline)
+        if code:
+            check_community(model, code)
+            requested, pipeline = code.name, code.code.class_name
+        else:
+            requested, pipeline = choose_pipeline(options, model_inputs, model, self._settings.pipeline)
+        method = choose_method(options, requested, code)
         scheduler = choose_scheduler(options, model, self._settings.scheduler)
         safety_checker = choose_safety(options, model, self._settings.safety_checker)
         encoding = choose_encoding(options)
-        accepted = catalogue().pipelines[pipeline]
+        accepted = code.methods[method] if code else catalogue().pipelines[pipeline]
         output = check_output(options, accepted, pipeline)
         sent = checks.rename_aliases(model_inputs, accepted)
         given = checks.check_inputs(sent, accepted, pipeline)
@@ -274,6 +296,8 @@ class Admission:
             seed=seed,
             callback_steps=callback_steps,
             prompt_syntax=prompt_syntax,
+            method=method,
+            code=code.code if code else None,
         )
 
     def _complete(
@@ -312,6 +336,10 @@ class Admission:
             meta["source_version"] = ref.revision
         if draft.encoding.lossless:
             meta["lossless"] = True
+        if draft.method != "__call__":
+            meta["custom_pipeline_method"] = draft.method
+        if draft.code:
+            meta["pipeline_code"] = f"sha256:{draft.code.sha256}"
         low_vram = bool(options.get("low_vram"))
         if low_vram:
             meta["low_vram"] = True
@@ -346,6 +374,8 @@ class Admission:
             lossless=draft.encoding.lossless,
             image_metadata=options.get("image_metadata", True),
             output=draft.output,
+            method=draft.method,
+            code=draft.code,
         )
 
     def _offload(self, options: dict[str, Any], low_vram: bool) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Set
 from typing import Any
 
 from api.errors import ApiError
+from api.models.community import METHODS, Community
 from api.models.description import InstalledModel
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, catalogue, nearest
 from api.service import inputs as checks
-from api.service.fitting import misfit, pipelines_of
+from api.service.fitting import misfit, pipelines_of, unbuildable
 from api.service.output import choose_encoding
 from api.service.prompts import check_syntax
 from api.service.schedulers import check_name
@@ -60,6 +61,36 @@ def choose_pipeline(
     )
 
 
+def choose_method(options: dict[str, Any], pipeline: str, code: Community | None) -> str:
+    """The method of the pipeline that generates.
+
+    Raises:
+        ApiError: INVALID_INPUTS: the pipeline has no such method, or it is none that generates.
+    """
+    named = options.get("custom_pipeline_method")
+    if named is None:
+        return "__call__"
+    methods = [method for method in code.methods if method in METHODS] if code else []
+    if named in methods:
+        return str(named)
+    message = f"{pipeline} has no such method to generate with."
+    if not methods:
+        message += " It has one way to be called: leave this out, and choose by PIPELINE."
+    field = "callInputs.custom_pipeline_method"
+    raise ApiError("INVALID_INPUTS", message, field=field, requested=named, available=methods)
+
+
+def check_community(model: InstalledModel, code: Community) -> None:
+    """Whether a community pipeline can be built from a model.
+
+    Raises:
+        ApiError: PIPELINE_NOT_SUPPORTED.
+    """
+    if reason := unbuildable(model, code.build):
+        message = f"{model.model_id} is a {model.class_name}; {code.name} cannot be built from it. {reason}"
+        raise ApiError("PIPELINE_NOT_SUPPORTED", message, field="callInputs.PIPELINE", requested=code.name)
+
+
 def _by_content(model_inputs: dict[str, Any], tasks: dict[str, str], own: str) -> str:
     """What a request that asks for no pipeline gets: by its pictures, or the model's own."""
     has_image = any(model_inputs.get(name) for name in ("image", *checks.ALIASES))
@@ -70,8 +101,13 @@ def _by_content(model_inputs: dict[str, Any], tasks: dict[str, str], own: str) -
     return own
 
 
-def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
+def check_early(options: dict[str, Any], model_inputs: dict[str, Any], code: Community | None = None) -> None:
     """What can be said of a request before anything is known of its model.
+
+    Args:
+        options: the checked ``callInputs``.
+        model_inputs: as they were sent.
+        code: the community pipeline that was asked for.
 
     Raises:
         ApiError: NO_SUCH_PIPELINE, NO_SUCH_SCHEDULER, UNKNOWN_INPUT, INVALID_INPUTS.
@@ -79,7 +115,7 @@ def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
     choose_encoding(options)
     check_syntax(options, model_inputs)
     known = catalogue()
-    pipeline, scheduler = options.get("PIPELINE"), options.get("SCHEDULER")
+    pipeline, scheduler = None if code else options.get("PIPELINE"), options.get("SCHEDULER")
     if pipeline and pipeline != "ALL" and pipeline not in AUTO and pipeline not in known.pipeline_names:
         hint = nearest(pipeline, [*AUTO, *known.pipeline_names])
         message = f"diffusers {known.diffusers} has no such pipeline.{hint}"
@@ -90,7 +126,10 @@ def check_early(options: dict[str, Any], model_inputs: dict[str, Any]) -> None:
     if scheduler:
         check_name(scheduler)
     names = {name for accepted in known.pipelines.values() for name in accepted}
+    if code:
+        names = set(code.methods[choose_method(options, code.name, code)])
     for name in model_inputs:
         if name not in names and name not in checks.ALIASES and name not in checks.OURS:
-            message = f"No pipeline has such an input.{nearest(name, sorted(names))}"
+            who = f"{code.name} has no" if code else "No pipeline has"
+            message = f"{who} such an input.{nearest(name, sorted(names))}"
             raise ApiError("UNKNOWN_INPUT", message, field=f"modelInputs.{name[:200]}")

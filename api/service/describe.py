@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from api.errors import ApiError
+from api.models.community import Community, community, is_community
 from api.models.description import InstalledModel
 from api.schema.catalogue import AUTO, Input, catalogue
 from api.service import inputs as checks
-from api.service.choices import choose_pipeline
+from api.service.choices import check_community, choose_method, choose_pipeline
 from api.service.fitting import misfit, pipelines_of
 from api.service.options import check_options
 from api.service.schedulers import choose_scheduler, suitable
@@ -51,21 +52,32 @@ async def describe_inputs(service: Service, call_inputs: Mapping[str, Any]) -> d
     if model is None:
         message = f"{ref.model_id} is not here. A request for it, or POST /models/load, brings it."
         raise ApiError("MODEL_MISMATCH", message, field="callInputs.MODEL_ID", available=service.library.names())
-    return description(model, options, service.settings)
+    named = options.get("PIPELINE", "")
+    code = await asyncio.to_thread(community, named, service.settings) if is_community(named) else None
+    return description(model, options, service.settings, code)
 
 
-def description(model: InstalledModel, options: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def description(
+    model: InstalledModel, options: Mapping[str, Any], settings: Settings, code: Community | None = None
+) -> dict[str, Any]:
     """The answer of ``GET /models/{id}/schema``.
 
     Args:
         model: what its configuration says of it.
         options: checked ``callInputs``.
         settings: the limits, and what holds where nothing is asked for.
+        code: the community pipeline that was asked for.
 
     Raises:
-        ApiError: NO_SUCH_PIPELINE, PIPELINE_NOT_SUPPORTED, NO_SUCH_SCHEDULER, INVALID_SCHEDULER.
+        ApiError: NO_SUCH_PIPELINE, PIPELINE_NOT_SUPPORTED, NO_SUCH_SCHEDULER, INVALID_SCHEDULER, INVALID_INPUTS.
     """
-    _, pipeline = choose_pipeline(dict(options), {}, model, settings.pipeline)
+    if code:
+        check_community(model, code)
+        pipeline = code.name
+    else:
+        _, pipeline = choose_pipeline(dict(options), {}, model, settings.pipeline)
+    method = choose_method(dict(options), pipeline, code)
+    accepted = code.methods[method] if code else catalogue().pipelines[pipeline]
     tasks = {task: name for task, name in catalogue().tasks_of(model.class_name).items() if not misfit(model, name)}
     return {
         "MODEL_ID": model.model_id,
@@ -77,16 +89,17 @@ def description(model: InstalledModel, options: Mapping[str, Any], settings: Set
         "scheduler": choose_scheduler(dict(options), model, settings.scheduler).name or None,
         "schedulers": suitable(model),
         "size": {"multiple": model.size_multiple, "default": model.default_size, "max_pixels": settings.max_pixels},
-        "modelInputs": schema_of(pipeline, model, settings),
+        "modelInputs": schema_of(pipeline, accepted, model, settings),
     }
 
 
-def schema_of(pipeline: str, model: InstalledModel, settings: Settings) -> dict[str, Any]:
+def schema_of(
+    pipeline: str, accepted: Mapping[str, Input], model: InstalledModel, settings: Settings
+) -> dict[str, Any]:
     """``modelInputs`` of a pipeline as JSON Schema (draft 2020-12).
 
     It does not hold what depends on several inputs: a list of seeds is as long as there are images, and the like.
     """
-    accepted = catalogue().pipelines[pipeline]
     properties = {name: _property(name, spec, model, settings) for name, spec in accepted.items()}
     for old, new in checks.ALIASES.items():
         if new in accepted and old not in accepted:

@@ -55,7 +55,18 @@ def misfit(model: InstalledModel, name: str, given: Set[str] = frozenset()) -> s
         return f"diffusers {known.diffusers} has no such pipeline."
     if name == model.class_name:
         return None
-    build, own = known.builds[name], known.builds.get(model.class_name, Build({}))
+    return unbuildable(model, known.builds[name], given) or _wrong_channels(model, name)
+
+
+def unbuildable(model: InstalledModel, build: Build, given: Set[str] = frozenset()) -> str | None:
+    """Why a pipeline cannot be built from a model's components, in a sentence; None where it can.
+
+    Args:
+        model: what its configuration says of it.
+        build: what the pipeline is built from.
+        given: components that the request brings.
+    """
+    own = catalogue().builds.get(model.class_name, Build({}))
     lacking = [part for part in build.required if not _has(model, build, own, part) and part not in given]
     if lacking and set(lacking) <= set(build.needs):
         return f"It needs a {lacking[0]}, which the request has to name."
@@ -65,7 +76,7 @@ def misfit(model: InstalledModel, name: str, given: Set[str] = frozenset()) -> s
         return f"It needs {', '.join(lacking)} of other classes than this model has."
     if left := _left_out(model, build, own):
         return f"It does not use this model's {', '.join(left)}."
-    return _wrong_channels(model, name)
+    return None
 
 
 def _has(model: InstalledModel, build: Build, own: Build, part: str) -> bool:

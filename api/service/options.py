@@ -151,8 +151,12 @@ OPTIONS: dict[str, Option] = {
         _LONGEST_URL,
     ),
     "PIPELINE": text(
-        "a diffusers pipeline class, or one of the AutoPipelines", "what the request holds decides",
-        "StableDiffusionImg2ImgPipeline",
+        "a diffusers pipeline class, one of the AutoPipelines, or a community pipeline",
+        "what the request holds decides", "StableDiffusionImg2ImgPipeline",
+    ),
+    "custom_pipeline_method": text(
+        "the method that generates, of a community pipeline that has several, e.g. text2img, img2img, inpaint",
+        "the pipeline is called", "img2img",
     ),
     "SCHEDULER": text(
         "a diffusers scheduler class, or the name that AUTOMATIC1111 has for one with settings: `GET /schedulers`",
@@ -213,7 +217,6 @@ OPTIONS: dict[str, Option] = {
 KNOWN = tuple(OPTIONS)
 
 LATER = {
-    "custom_pipeline_method": "pipelines are called, no other method of theirs",
     "SEND_URL": "no webhooks are sent yet",
     "SIGN_KEY": "no webhooks are sent yet",
     "use_extra": "there are no extras yet",

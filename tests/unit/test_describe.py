@@ -106,7 +106,7 @@ def test_the_longest_side_is_one_that_is_admitted() -> None:
 
 def test_every_pipeline_has_a_schema_with_its_own_inputs() -> None:
     for name, accepted in catalogue().pipelines.items():
-        schema = schema_of(name, saved_as(name), SETTINGS)
+        schema = schema_of(name, accepted, saved_as(name), SETTINGS)
         assert schema["$schema"] == DIALECT
         assert schema["properties"].keys() >= accepted.keys() | {"seed", "callback_steps"}
         assert schema["properties"].keys() - accepted.keys() <= {*checks.OURS, *checks.ALIASES}
@@ -129,7 +129,7 @@ def test_the_schema_itself_refuses_what_is_refused() -> None:
 
 def test_limits_are_the_servers() -> None:
     settings = Settings.from_env({"MAX_STEPS": "7", "MAX_IMAGES": "2"})
-    properties = schema_of("StableDiffusionPipeline", saved_as("StableDiffusionPipeline"), settings)["properties"]
+    properties = description(saved_as("StableDiffusionPipeline"), {}, settings)["modelInputs"]["properties"]
     assert properties["num_inference_steps"]["maximum"] == 7
     assert properties["num_images_per_prompt"]["maximum"] == 2
     assert properties["clip_skip"] == {"type": "integer", "minimum": 0, "maximum": 1}

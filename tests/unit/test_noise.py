@@ -190,10 +190,10 @@ def test_a_priors_scheduler_is_the_jobs_own_too(monkeypatch: pytest.MonkeyPatch)
     shared = diffusers.DDPMScheduler()
     components = {"unet": sd(), "scheduler": diffusers.DDIMScheduler(), "prior_scheduler": shared}
     model: Any = SimpleNamespace(schedulers={}, components=components, config={})
-    pipes = [
-        make_pipeline(model, components, "TwoSchedulersPipeline", "DDIMScheduler", True, generator(seed))
-        for seed in (1, 2)
-    ]
+    request: Any = SimpleNamespace(
+        pipeline="TwoSchedulersPipeline", scheduler="DDIMScheduler", scheduler_args={}, safety_checker=True, code=None
+    )
+    pipes = [make_pipeline(model, components, request, generator(seed)) for seed in (1, 2)]
     pipes[0].prior_scheduler.set_timesteps(4)
     pipes[1].prior_scheduler.set_timesteps(9)
     assert len(pipes[0].prior_scheduler.timesteps) == 4
