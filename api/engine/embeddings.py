@@ -7,6 +7,7 @@ is another module. A module whose weights leave or are replaced takes its result
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -21,11 +22,36 @@ from transformers.utils import ModelOutput
 
 from api.engine.merging import analyse, digest
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = bool | int | float | str | None
 
 
 class _Unknown(Exception):
     """A result holds something that is not copied."""
+
+
+_Key = tuple[int, Hashable]
+"""The id of a module, and what it was called with."""
+
+
+class Layers(Sequence[torch.Tensor]):
+    """Hidden states, one for each layer, fetched when they are looked at.
+
+    Args:
+        count: how many there are.
+        take: fetches one of them; None in what is remembered, which holds none of them.
+    """
+
+    def __init__(self, count: int, take: Callable[[int], torch.Tensor] | None = None) -> None:
+        self._count, self._take = count, take
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, at: Any) -> Any:
+        if self._take is None:
+            raise LookupError("these are of nobody's call")
+        wanted = range(self._count)[at]
+        return tuple(map(self._take, wanted)) if isinstance(wanted, range) else self._take(wanted)
 
 
 class Embeddings:
@@ -44,7 +70,7 @@ class Embeddings:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._found: OrderedDict[tuple[int, Hashable], tuple[Any, int]] = OrderedDict()
+        self._found: OrderedDict[_Key, tuple[Any, int]] = OrderedDict()
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._gone: deque[int] = deque()
         """Modules that the garbage collector has taken, in whichever thread and under whichever lock."""
@@ -67,18 +93,42 @@ class Embeddings:
         if kind is None:
             return run()
         key = id(module), kind
-        with self._lock:
-            self._drop_gone()
-            if (known := self._found.get(key)) is not None:
-                self._found.move_to_end(key)
-                self.hits += 1
-            else:
-                self.misses += 1
-        if known is not None:
-            return _copied(known[0])
+        result = self._recall(key)
+        if result is not None:
+            self.hits += 1
+            if isinstance(layers := _states_of(result), Layers):
+                again = functools.cache(lambda: _states_of(run()))
+                result["hidden_states"] = self._layers(module, key, len(layers), again)
+            return result
+        self.misses += 1
         result = run()
+        if isinstance(states := _states_of(result), tuple):
+            result["hidden_states"] = self._layers(module, key, len(states), lambda: states)
         self._keep(module, key, result)
         return result
+
+    def _layers(self, module: nn.Module, key: _Key, count: int, states: Callable[[], Any]) -> Layers:
+        """The hidden states of a call, of which those are remembered that somebody wants: mostly one of thirty."""
+
+        def take(index: int) -> torch.Tensor:
+            at = key[0], (key[1], index)
+            found: torch.Tensor | None = self._recall(at)
+            if found is None:
+                found = states()[index]
+                self._keep(module, at, found)
+            return found
+
+        return Layers(count, take)
+
+    def _recall(self, key: _Key) -> Any:
+        """A copy of what is remembered; None if nothing is."""
+        with self._lock:
+            self._drop_gone()
+            if key not in self._found:
+                return None
+            self._found.move_to_end(key)
+            found = self._found[key][0]
+        return _copied(found)
 
     def forget(self, module: nn.Module) -> None:
         """A module's weights are no longer what they were."""
@@ -93,7 +143,7 @@ class Embeddings:
             self.bytes = 0
         return there
 
-    def _keep(self, module: nn.Module, key: tuple[int, Hashable], result: Any) -> None:
+    def _keep(self, module: nn.Module, key: _Key, result: Any) -> None:
         try:
             size = _bytes(result)
             if size > self._limit:
@@ -141,12 +191,18 @@ def _kind(function: Callable[..., Any], owner: str, args: Sequence[Any], kwargs:
     return getattr(function, "__name__", ""), call.key, tuple(content)
 
 
+def _states_of(result: Any) -> Any:
+    return result.get("hidden_states") if isinstance(result, ModelOutput) else None
+
+
 def _copied(value: Any) -> Any:
     """The same, in memory of its own."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, Layers):
+        return Layers(len(value))
     if isinstance(value, ModelOutput | BaseOutput):
         return type(value)(**{name: _copied(item) for name, item in value.items()})
     if type(value) in (tuple, list):
@@ -161,6 +217,6 @@ def _bytes(value: Any) -> int:
         return sum(map(_bytes, value.values()))
     if type(value) in (tuple, list):
         return sum(map(_bytes, value))
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN | Layers):
         return 0
     raise _Unknown

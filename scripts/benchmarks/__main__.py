@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from api.service.workers import PREFERENCES
-from scripts.benchmarks import batching, encode, fetch, overhead, startup, switch
+from scripts.benchmarks import batching, encode, fetch, overhead, prompts, startup, switch
 from scripts.benchmarks.measure import Figure
 
 BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "startup": startup.run,
     "fetch": fetch.run,
     "switch": switch.run,
+    "prompts": prompts.run,
 }
 
 

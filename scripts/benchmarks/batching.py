@@ -99,7 +99,7 @@ def _of_real_size() -> list[Case]:
 
 
 def _measure(case: Case, device: str) -> list[Figure]:
-    engine = Engine(Device(device))
+    engine = Engine(Device(device), embeddings_limit=0)  # else what is compared would not encode the prompt
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         return [*_throughput(case, engine, pool), _latency(case, engine, pool)]
 

@@ -115,6 +115,13 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], int, str, str]] = [
     ("scheduler without its library", P, {"SCHEDULER": "DPMSolverSDEScheduler"}, 422, "INVALID_SCHEDULER", "callInputs.SCHEDULER"),
     ("odd image format", P, {"image_format": "PSD"}, 400, "INVALID_INPUTS", "callInputs.image_format"),
     ("odd quality", P, {"image_quality": 0}, 400, "INVALID_INPUTS", "callInputs.image_quality"),
+    ("weights of another syntax", P, {"prompt_syntax": "comfy"}, 400, "INVALID_INPUTS", "callInputs.prompt_syntax"),
+    ("open bracket", {"prompt": ["a", "a (red"]}, {"prompt_syntax": "a1111"}, 400, "INVALID_INPUTS", "modelInputs.prompt[1]"),
+    ("prompt editing", {**P, "negative_prompt": "[a:b:3]"}, {"prompt_syntax": "a1111"}, 400, "INVALID_INPUTS", "modelInputs.negative_prompt"),
+    ("open quote", {"prompt": 'a "red'}, {"compel_prompts": True}, 400, "INVALID_INPUTS", "modelInputs.prompt"),
+    ("open bracket for a model that is not here", {"prompt": "(a"}, {"MODEL_ID": "no/such", "compel_prompts": 1}, 400, "INVALID_INPUTS", "modelInputs.prompt"),
+    ("two syntaxes", P, {"prompt_syntax": "a1111", "compel_prompts": True}, 400, "INVALID_INPUTS", "callInputs.compel_prompts"),
+    ("a syntax and its opposite", P, {"prompt_syntax": "compel", "compel_prompts": False}, 400, "INVALID_INPUTS", "callInputs.compel_prompts"),
     ("webhook", P, {"SEND_URL": "http://x/"}, 422, "NOT_SUPPORTED", "callInputs.SEND_URL"),
 ]  # fmt: skip
 

@@ -90,7 +90,7 @@ def test_what_is_answered_is_what_was_returned(asking: Asking, cls: type, config
 
 
 def _tensors(value: Any) -> tuple[torch.Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
 
 
 def test_whatever_differs_is_another_call(asking: Asking) -> None:
@@ -157,6 +157,29 @@ def test_bytes_are_bounded_and_the_last_used_stay(executor: Executor) -> None:
     for _ in range(2):
         off.call(encoder, 1, 2, 98)
     assert off.embeddings.hits == off.embeddings.misses == 0
+
+
+def test_of_hidden_states_those_are_remembered_that_are_wanted(asking: Asking) -> None:
+    encoder = an_encoder()
+    with torch.no_grad():
+        expected = encoder(torch.tensor([[1, 2, 98]]), output_hidden_states=True)
+    rest = expected.last_hidden_state.nbytes + expected.pooler_output.nbytes
+    layer = expected.hidden_states[0].nbytes
+    for at, calls, layers in (
+        (-2, 1, 1),
+        (-2, 1, 1),
+        (0, 2, 2),
+        (-4, 2, 2),
+        (slice(-2, None), 3, 3),
+        (slice(-2, None), 3, 3),
+    ):
+        found = asking.call(encoder, 1, 2, 98, output_hidden_states=True)
+        assert len(found.hidden_states) == 4
+        for one, other in zip(_tensors(found[-1][at]), _tensors(expected.hidden_states[at]), strict=True):
+            assert torch.equal(one, other)
+        assert (asking.calls(), asking.embeddings.bytes) == (calls, rest + layers * layer)
+    with pytest.raises(IndexError):
+        found.hidden_states[4]
 
 
 def test_a_module_that_is_gone_takes_its_results_with_it(asking: Asking) -> None:

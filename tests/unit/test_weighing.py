@@ -24,7 +24,9 @@ from api.schema.catalogue import catalogue
 from api.schema.generation import ModelRef
 from api.schema.phrases import Phrase
 from api.service.prompts import weighs_prompts
+from scripts.demo_model.checker import read
 from tests.generating import a_request
+from tests.running import ROOT
 from tests.tiny import save_tiny
 from tests.unit.test_offload import save_flux, save_sdxl
 
@@ -308,6 +310,24 @@ def test_requests_of_all_syntaxes_at_once_each_get_their_own(folders: dict[str, 
         assert together.embeddings.hits > 0
     finally:
         together.close()
+
+
+def test_a_heavier_colour_is_the_one_that_is_drawn(engine: Engine) -> None:
+    """Of two that contradict each other, in the demo model's pictures, as its checker reads them."""
+    ref = ModelRef("demo/shapes", "main", "fp32", str(ROOT / "models" / "shapes"))
+
+    def colours(prompt: str) -> list[set[str]]:
+        given = {"prompt": prompt, "num_images_per_prompt": 8, "num_inference_steps": 15, "guidance_scale": 4.0}
+        seeds = {"seed": list(range(8)), "images": 8, "prompt_syntax": "a1111"}
+        scheduler = "DPMSolverMultistepScheduler"
+        request = a_request("demo", ref, PIPELINES["sd"], scheduler, {**INPUTS, **given}, **seeds)
+        return [{thing.colour for thing in read(image).things} for image in engine.generate(request).images]
+
+    red = colours("a (red:1.6) (blue:0.4) circle on white")
+    blue = colours("a (red:0.4) (blue:1.6) circle on white")
+    assert red.count({"red"}) >= 7 and blue.count({"blue"}) >= 7
+    neither = colours("a red blue circle on white")
+    assert neither.count({"red"}) < 7 and neither.count({"blue"}) < 7
 
 
 def test_admission_knows_which_pipelines_encode_prompts_so() -> None:
