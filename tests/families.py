@@ -100,6 +100,32 @@ def sdxl() -> Any:
     )  # fmt: skip
 
 
+def unet(channels: int, **more: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=32, in_channels=channels, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH, norm_num_groups=4, attention_head_dim=4, **more,
+    )  # fmt: skip
+
+
+def instruct() -> Any:
+    """InstructPix2Pix: its denoiser takes a picture beside the latents."""
+    return diffusers.StableDiffusionInstructPix2PixPipeline(
+        vae=vae(4), unet=unet(8), text_encoder=clip(), tokenizer=clip_tokenizer(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+        scheduler=diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )  # fmt: skip
+
+
+def upscale() -> Any:
+    """An upscaler: the same, with noise on the picture, at a level that the denoiser is told."""
+    return diffusers.StableDiffusionUpscalePipeline(
+        vae=vae(4), unet=unet(7, num_class_embeds=1000), text_encoder=clip(), tokenizer=clip_tokenizer(),
+        low_res_scheduler=diffusers.DDPMScheduler(), max_noise_level=350,
+        scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"),
+    )  # fmt: skip
+
+
 def sd3() -> Any:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=2, in_channels=16, out_channels=16, num_layers=1, attention_head_dim=8,
@@ -217,6 +243,8 @@ def flux2_klein() -> Any:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
+    "sd-instruct": instruct,
+    "sd-upscale": upscale,
     "sdxl": sdxl,
     "sd3": sd3,
     "flux": flux,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 
@@ -374,6 +375,8 @@ def _is_of_inputs(fault: Exception, request: GenerationRequest) -> bool:
         return False
     if isinstance(fault, ValueError | TypeError | NotImplementedError):
         return True
+    if isinstance(fault, AttributeError) and isinstance(fault.obj, diffusers.SchedulerMixin):
+        return True  # the pipeline asks for what few schedulers have
     deep = isinstance(fault, LookupError | AttributeError | RuntimeError)
     several = any(isinstance(found, list) for found in request.pictures.values())
     return deep and (several or any(request.inputs.get(name) is not None for name in _RARE))

@@ -259,7 +259,7 @@ class Admission:
             requested, pipeline = code.name, code.code.class_name
         else:
             requested, pipeline = choose_pipeline(options, model_inputs, model, self._settings.pipeline)
-        method = choose_method(options, requested, code)
+        method = choose_method(options, code.name if code else pipeline, code)
         scheduler = choose_scheduler(options, model, self._settings.scheduler)
         safety_checker = choose_safety(options, model, self._settings.safety_checker)
         encoding = choose_encoding(options)
