@@ -46,7 +46,26 @@ def make_scheduler(model: LoadedModel, name: str, generator: Generators, args: d
         pristine = _new_scheduler(model, name, args or {})
         if len(model.schedulers) < _MOST_KEPT:
             model.schedulers[key] = pristine
-    return seeded(copy.deepcopy(pristine), generator)  # copied in a third of the time that from_config takes
+    scheduler = copy.deepcopy(pristine)  # in a third of the time that from_config takes
+    if pristine.config.get("use_flow_sigmas") and not model.components["scheduler"].config.get("use_dynamic_shifting"):
+        _ignore_mu(scheduler)
+    return seeded(scheduler, generator)
+
+
+def _ignore_mu(scheduler: Any) -> None:
+    """Do as the schedulers for flows do where noise levels are not shifted by the image's size.
+
+    Pipelines such as FLUX's hand the shift to all of them; others do not take it then.
+    """
+    itself, method = weakref.ref(scheduler), type(scheduler).set_timesteps
+
+    @functools.wraps(scheduler.set_timesteps)
+    def set_timesteps(*args: Any, mu: float | None = None, **kwargs: Any) -> None:
+        method(itself(), *args, **kwargs)
+
+    set_timesteps.__signature__ = inspect.signature(scheduler.set_timesteps)  # type: ignore[attr-defined]
+    del set_timesteps.__wrapped__  # type: ignore[attr-defined]
+    scheduler.set_timesteps = set_timesteps
 
 
 def seeded(scheduler: Any, generator: Generators) -> Any:
@@ -89,6 +108,8 @@ def _new_scheduler(model: LoadedModel, name: str, args: dict[str, Any]) -> Any:
     if type(own).__name__ == name:
         foreign = set()
     settings = {key: value for key, value in own.config.items() if key not in foreign - _OF_THE_MODEL}
+    if args.get("use_flow_sigmas") and "flow_shift" in known and "shift" in own.config:
+        settings["flow_shift"] = own.config["shift"]
     try:
         return getattr(diffusers, name).from_config(settings, **args)
     except (ValueError, TypeError, NotImplementedError, ImportError, LookupError, RuntimeError) as fault:
@@ -110,7 +131,8 @@ def refused_by(fault: Exception, request: GenerationRequest, own: str) -> ApiErr
     while where is not None and not inside:
         inside = where.tb_frame.f_code.co_filename.startswith(_FOLDER)
         where = where.tb_next
-    if not inside and not isinstance(getattr(fault, "obj", None), diffusers.SchedulerMixin):
+    of_it = isinstance(getattr(fault, "obj", None), diffusers.SchedulerMixin) or "set_timesteps" in str(fault)
+    if not inside and not of_it:
         return None
     args = f" with {', '.join(request.scheduler_args)}" if request.scheduler_args else ""
     return _refused(request.scheduler, f"cannot do this{args}: {str(fault)[:500] or type(fault).__name__}")

@@ -111,13 +111,20 @@ def verdict(name: str, model: InstalledModel) -> Verdict:
 
 def _for_flow(name: str, found: SchedulerClass, model: InstalledModel) -> Verdict:
     flows = model.scheduler in _FLOW_CLASSES
+    if name == "FlowMatchEulerDiscreteScheduler" and flows:
+        return Verdict("suits", "", {})
     if name in _FLOW_CLASSES and flows:
-        made_for = _MADE_FOR.get(name)
-        return Verdict("unsuited", f"is made for {made_for}", {}) if made_for else Verdict("suits", "", {})
+        if name in _MADE_FOR:
+            return Verdict("unsuited", f"is made for {_MADE_FOR[name]}", {})
+        # those of FLUX and its like, which give their own noise levels
+        return Verdict("unsuited", "is refused by pipelines that choose the noise levels themselves", {})
     if "use_flow_sigmas" in found.args and not found.fault and name not in _MADE_FOR:
-        return Verdict("suits", "", {"use_flow_sigmas": True, "prediction_type": FLOW})
-    if name in _MADE_FOR and "use_flow_sigmas" in found.args:
-        return Verdict("refused", f"is made for {_MADE_FOR[name]}", {})
+        more = {"use_flow_sigmas": True, "prediction_type": FLOW}
+        if "use_dynamic_shifting" in found.args:
+            return Verdict("suits", "", more)
+        return Verdict(
+            "unsuited", "does not shift its noise levels by the image's size, as larger models want it", more
+        )
     return Verdict("refused", f"cannot sample a flow, which is what {model.model_id} predicts", {})
 
 

@@ -33,6 +33,9 @@ HEAD = """# Schedulers
 is not sent is as the model was saved. `$meta` says the class, the arguments, and why it does not suit the model, where it
 runs all the same (`scheduler_note`).
 
+Models that predict a flow (SD3, FLUX, …) run with `FlowMatchEulerDiscreteScheduler`, and with the solvers that have
+`use_flow_sigmas` (UniPC, DPM++, DEIS), which is set for them.
+
 Made by `tests/server/test_schedulers.py`, which runs it all again and compares; do not edit.
 
 ## Every class on `demo/shapes`
