@@ -181,7 +181,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
     print(f"saved {path}: {path.stat().st_size} bytes", flush=True)
 
 
-TRAINED = {"outlined": (outlined, 600), "sun": (sun, 300), "night": (night, 400)}
+TRAINED = {"outlined": (outlined, 450), "sun": (sun, 300), "night": (night, 300)}
 
 
 def main() -> None:
