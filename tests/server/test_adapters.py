@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.adapters import random_halves, save_kohya, save_peft
 from tests.hub import HubStandIn
 from tests.running import ROOT, Server, images_of, running
 from tests.site import Site
-from tests.sources import TOKEN, Bucket, draw, environ, installed, is_same, moto, refused
+from tests.sources import PROMPT, TOKEN, Bucket, draw, environ, installed, is_same, moto, refused
 
 SUN = "demo/adapters/sun.safetensors"
 
@@ -119,8 +120,7 @@ def test_forms_of_asking(world: World) -> None:
         [f"{url}#scale=0.25", f"{url}#scale=0.25"],
     ):
         assert is_same(draw(world.server, lora_weights=said)[0], half), said
-    scaled = {"prompt": "a red circle on a blue background", "seed": 5, "num_inference_steps": 4}
-    response = world.server.post({**scaled, "cross_attention_kwargs": {"scale": 0.5}}, {"lora_weights": url})
+    response = world.server.post({**PROMPT, "cross_attention_kwargs": {"scale": 0.5}}, {"lora_weights": url})
     assert is_same(images_of(response.json())[0].astype(int), half)
     plain = draw(world.server)[0]
     for said in ([], None, "", f"{url}#scale=0"):
@@ -189,6 +189,26 @@ def test_fetching_is_told_like_a_models(world: World) -> None:
     assert ("download", "start") in phases
     assert ("download", "done") in phases
     assert "download" in lines[-1]["$timings"]
+
+
+def test_jobs_for_later_and_plans(world: World) -> None:
+    """A job has them as a request has; a plan reads names only."""
+    call = {"lora_weights": f"{world.site.url}/one.safetensors"}
+    started = world.server.client.post("/jobs", json={"modelInputs": PROMPT, "callInputs": call})
+    assert started.status_code == 202, started.text
+    while (job := world.server.client.get(f"/jobs/{started.json()['id']}").json())["state"] in (
+        "IN_QUEUE",
+        "IN_PROGRESS",
+    ):
+        time.sleep(0.05)
+    assert np.array_equal(images_of(job["result"])[0], world.lora)
+    assert job["result"]["$meta"]["lora_weights"][0]["scale"] == 1.0
+    assert (
+        world.server.client.post("/plan", json={"modelInputs": PROMPT, "callInputs": call}).json()["fits"] is not False
+    )
+    wrong = {"modelInputs": PROMPT, "callInputs": {"lora_weights": "just-a-name"}}
+    for route in ("/jobs", "/plan"):
+        refused(world.server.client.post(route, json=wrong), "INVALID_INPUTS")
 
 
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -20,12 +20,15 @@ from api.engine.adapters import Adapters
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine
+from api.engine.inversions import read_inversions
+from api.engine.lora_files import read_lora
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, Inversion, Lora, ModelRef
 from tests.adapters import Halves, inversion, lora, random_halves, save_kohya, save_peft
 from tests.budgeted import Allocator, Apart, Outside
 from tests.generating import a_request
 from tests.tiny import save_tiny
+from tests.unit.test_offload import save_flux, save_sdxl
 
 PROMPT = "a circle and a <x> square"
 
@@ -254,3 +257,68 @@ def test_what_does_not_fit_is_refused(setup: Setup, tmp_path: Path) -> None:
         setup.image(inversions=(Inversion("w", str(setup.words), "1" * 64, "circle</w>"),))
     with pytest.raises(ApiError, match="Must be a number"):
         setup.image(lora(setup.a), inputs={"cross_attention_kwargs": {"scale": "much"}})
+
+
+def test_sdxl_with_both_text_encoders(tmp_path: Path) -> None:
+    """LoRAs of UNet and two encoders, and an inversion with vectors for each, as diffusers draws them."""
+    save_sdxl(tmp_path / "model")
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    halves = random_halves(pipe.components, 1) | random_halves({"text_encoder": pipe.text_encoder}, 2)
+    second = random_halves({"text_encoder": pipe.text_encoder_2}, 3)
+    halves |= {name.replace("text_encoder.", "text_encoder_2."): half for name, half in second.items()}
+    path, words = save_peft(tmp_path / "xl.safetensors", halves), tmp_path / "words.safetensors"
+    rows = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(1))
+    save_file({"clip_l": rows[0], "clip_g": rows[1]}, words)
+    model = ModelRef("tiny/xl", "main", "fp32", str(tmp_path / "model"))
+    inputs = {"prompt": PROMPT, "num_inference_steps": 3, "width": 64, "height": 64}
+    more = {"loras": (lora(path, 0.7),), "inversions": (inversion(words, "<x>"),)}
+    names = "StableDiffusionXLPipeline", "EulerDiscreteScheduler"
+    own = Engine(Device("cpu")).generate(a_request("1", model, *names, inputs, **more)).images
+    plain = Engine(Device("cpu")).generate(a_request("1", model, *names, inputs)).images
+    pipe.load_lora_weights(str(path), adapter_name="a")
+    pipe.set_adapters(["a"], [0.7])
+    for number, (encoder, tokenizer) in enumerate(
+        ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2))
+    ):
+        word = {"token": "<x>", "text_encoder": encoder, "tokenizer": tokenizer}
+        pipe.load_textual_inversion({"<x>": rows[number]}, **word)
+    assert np.array_equal(own, by_diffusers(pipe))
+    assert not np.array_equal(own, plain)
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+def test_flux(form: str, tmp_path: Path) -> None:
+    """Of a transformer, by the converters that its pipeline has."""
+    save_flux(tmp_path / "model")
+    pipe = diffusers.FluxPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    if form == "peft":
+        path = save_peft(tmp_path / "flux.safetensors", random_halves({"transformer": pipe.transformer}, 1))
+    else:
+        path = tmp_path / "flux.safetensors"
+        generator = torch.Generator().manual_seed(1)
+        tensors = {"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(2.0)}
+        tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"] = torch.randn(4, 32, generator=generator)
+        tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] = torch.randn(96, 4, generator=generator)
+        save_file(tensors, path)
+    model = ModelRef("tiny/flux", "main", "fp32", str(tmp_path / "model"))
+    inputs = {"prompt": PROMPT, "num_inference_steps": 3, "width": 64, "height": 64}
+    inputs["joint_attention_kwargs"] = {"scale": 0.6}
+    names = "FluxPipeline", "FlowMatchEulerDiscreteScheduler"
+    own = Engine(Device("cpu")).generate(a_request("1", model, *names, inputs, loras=(lora(path),))).images
+    plain = Engine(Device("cpu")).generate(a_request("1", model, *names, inputs)).images
+    pipe.load_lora_weights(str(path), adapter_name="a")
+    out = pipe(**inputs, generator=torch.Generator().manual_seed(1), output_type="np")
+    assert np.array_equal(own, np.rint(out.images * 255).astype(np.uint8))
+    assert not np.array_equal(own, plain)
+
+
+def test_pipelines_that_take_none_say_so(setup: Setup) -> None:
+    class Takes:
+        pass
+
+    for read, what in ((read_lora, lora(setup.a)), (read_inversions, [inversion(setup.words, "<x>")])):
+        with pytest.raises(ApiError, match="takes no") as caught:
+            read(what, Takes, {})
+        assert caught.value.code == "NOT_SUPPORTED"

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from api.errors import ApiError
-from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
+from api.schema.generation import GenerationRequest, GenerationResult, Inversion, Lora, ModelRef
 from api.schema.messages import Computed, Done, Failed, FromWorker, Held, Loaded, Memory, Ready
 from api.service.blame import Blame
 from api.service.dispatch import Dispatcher
@@ -338,3 +339,15 @@ async def test_the_volume_keeps_what_is_pinned_and_may_lose_what_is_only_in_memo
     }
     pool.says(pool.workers[1], Loaded(held, Memory(1, 2, 1, 1, 2)))
     assert pool.dispatcher.folders() == {"a"}
+
+
+async def test_the_volume_keeps_the_adapters_of_jobs() -> None:
+    pool = Pool()
+    job = a_job("1")
+    loras, inversions = (
+        (Lora("l", "/v/lora@1/adapter.safetensors", "0", 1.0),),
+        (Inversion("i", "/v/word@2/a.s", "1", "w"),),
+    )
+    job.request = msgspec.structs.replace(job.request, loras=loras, inversions=inversions)
+    pool.submit(job)
+    assert pool.dispatcher.folders() == {"a", "lora@1", "word@2"}
