@@ -95,6 +95,7 @@ class Job:
         pictures = {n: [p.sha256 for p in each_picture({n: found})] for n, found in request.pictures.items()}
         scheduler = request.scheduler, request.scheduler_args
         parts = [request.model.key, request.pipeline, scheduler, request.inputs, pictures, request.attention]
+        parts += [request.loras, request.inversions]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
     @property

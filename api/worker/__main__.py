@@ -27,10 +27,17 @@ def _quiet_libraries() -> None:
 
 
 def _without_peft() -> None:
-    """LoRAs are applied by ``engine/adapters.py``: diffusers need not import PEFT, a third of its own imports' time."""
-    from diffusers.utils import import_utils
+    """LoRAs are applied by ``engine/adapters.py``; diffusers is to do without PEFT.
+
+    Importing it is a third of the time of diffusers' own imports, and the pipelines look for its layers in modules that
+    have none. It is said before anything of diffusers but its utilities is imported.
+    """
+    from diffusers import utils
+    from diffusers.utils import constants, import_utils
 
     import_utils._peft_available = False
+    for module in (utils, constants):
+        module.USE_PEFT_BACKEND = False
 
 
 def main() -> None:

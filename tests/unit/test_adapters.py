@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import gc
 import hashlib
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from api.schema.generation import GenerationRequest, Inversion, Lora, ModelRef
 from tests.adapters import Halves, inversion, lora, random_halves, save_kohya, save_peft
 from tests.budgeted import Allocator, Apart, Outside
 from tests.generating import a_request
+from tests.running import ROOT
 from tests.tiny import save_tiny
 from tests.unit.test_offload import save_flux, save_sdxl
 
@@ -312,6 +315,27 @@ def test_flux(form: str, tmp_path: Path) -> None:
     out = pipe(**inputs, generator=torch.Generator().manual_seed(1), output_type="np")
     assert np.array_equal(own, np.rint(out.images * 255).astype(np.uint8))
     assert not np.array_equal(own, plain)
+
+
+def test_a_worker_does_not_import_peft(setup: Setup) -> None:
+    """It takes longer than anything else that it does not need."""
+    code = f"""
+import sys
+from api.worker.__main__ import _without_peft
+_without_peft()
+from api.engine.device import Device
+from api.engine.generate import Engine
+from api.schema.generation import ModelRef
+from tests.adapters import lora
+from tests.generating import a_request
+model = ModelRef("tiny/sd", "main", "fp32", {str(setup.folder / "model")!r})
+from pathlib import Path
+loras = (lora(Path({str(setup.a)!r})),)
+inputs = {{"prompt": "a", "num_inference_steps": 1, "width": 64, "height": 64}}
+Engine(Device("cpu")).generate(a_request("1", model, "StableDiffusionPipeline", "DDIMScheduler", inputs, loras=loras))
+sys.exit("peft" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_pipelines_that_take_none_say_so(setup: Setup) -> None:
