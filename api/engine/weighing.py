@@ -113,7 +113,10 @@ class Side:
         return [weigher.towards(chunk, section.weight) for section, chunks in weighted for chunk in chunks]
 
     def _chunks(self, section: Section) -> list[tuple[Phrase, ...]]:
-        phrases = tuple(Phrase(self._converted(text), weight) for text, weight in section.phrases)
+        # compel looks for the words among the tokens, and takes a mark that was written out for the one in front
+        mark = self.tokenizer.bos_token or "\0"
+        words = [Phrase(self._converted(text.replace(mark, " ")), weight) for text, weight in section.phrases]
+        phrases = tuple(phrase for phrase in words if phrase.text.strip()) or (Phrase(""),)
         return [phrases] if self.longest is not None else chunked(phrases, self.tokenizer, self._room)
 
     def _converted(self, text: str) -> str:

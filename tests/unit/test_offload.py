@@ -129,7 +129,8 @@ class Setup:
         self.allocator = Allocator()
         apart = Apart(self.allocator)
         limits = Budgets(device, host, shared=False, capacity=capacity, strict=strict)
-        self.engine = Engine(apart, limits, Outside(apart))
+        # a prompt that comes again would run no encoder, and what is remembered is not in the books
+        self.engine = Engine(apart, limits, Outside(apart), embeddings_limit=0)
 
     def generate(self, request: GenerationRequest) -> Generated:
         with Counting(self.allocator):

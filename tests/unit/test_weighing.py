@@ -273,6 +273,13 @@ def test_runs_end_behind_commas_and_never_lose_a_word(plain: dict[str, Any]) -> 
     assert first[0].text.endswith("b,")
 
 
+def test_a_mark_that_is_written_out_is_no_word(engine: Engine, folders: dict[str, Path]) -> None:
+    mark = "<|startoftext|>"
+    texts = (f"({mark}a red:1.5) {mark} circle ({mark}:0.5)", "(a red:1.5) circle")
+    one, other = (engine.generate(asked(folders, "sd", "a1111", prompt=text)).images for text in texts)
+    assert np.array_equal(one, other)
+
+
 def test_too_long_is_too_long(engine: Engine, folders: dict[str, Path]) -> None:
     with pytest.raises(ApiError, match="runs of tokens") as caught:
         engine.generate(asked(folders, "sd", "compel", prompt="word " * 1500))
