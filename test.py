@@ -3,7 +3,8 @@
 
     python test.py                      what there is
     python test.py txt2img img2img      some of it
-    python test.py all                  all of it, against TEST_URL (default http://localhost:8000/)
+    python test.py all                  all that the bundled model can do, against TEST_URL (default
+                                        http://localhost:8000/)
     python test.py --runpod txt2img     against a RunPod endpoint (RUNPOD_API_KEY, RUNPOD_MODEL_KEY)
 
 Needs nothing but Python. Exits non-zero when a request fails.
@@ -31,13 +32,17 @@ POLL = 0.5
 
 Json = dict[str, Any]
 TESTS: dict[str, Callable[[], Json]] = {}
+ELSEWHERE: dict[str, str] = {}
+"""Examples that need more than comes with the server, and what; ``all`` leaves them out."""
 
 
-def example(name: str) -> Callable[[Callable[[], Json]], Callable[[], Json]]:
+def example(name: str, needs: str = "") -> Callable[[Callable[[], Json]], Callable[[], Json]]:
     """Register an example request under a name."""
 
     def register(make: Callable[[], Json]) -> Callable[[], Json]:
         TESTS[name] = make
+        if needs:
+            ELSEWHERE[name] = needs
         return make
 
     return register
@@ -151,6 +156,23 @@ def inpaint_sd() -> Json:
         "seed": 7,
     }
     return {"modelInputs": inputs, "callInputs": {"PIPELINE": "StableDiffusionInpaintPipeline"}}
+
+
+@example("controlnet", needs="models of the hub")
+def controlnet() -> Json:
+    """A picture that follows another one: the edges of a circle become a plate."""
+    inputs = {
+        "prompt": "a blue plate on a wooden table",
+        "control_image": picture("green-circle-left.png"),
+        "controlnet_conditioning_scale": 0.8,
+        "num_inference_steps": 20,
+        "seed": 8,
+    }
+    model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    return {
+        "modelInputs": inputs,
+        "callInputs": {"MODEL_ID": model, "controlnets": "lllyasviel/sd-controlnet-canny", "MODEL_PRECISION": "fp16"},
+    }
 
 
 def send(url: str, body: Json, headers: dict[str, str] | None = None) -> tuple[int, Json]:
@@ -292,7 +314,7 @@ def main() -> int:
     parser.add_argument("--xmfe", type=lambda v: bool(int(v)), metavar="0|1", help="memory-efficient attention or not")
     args = parser.parse_args()
     missing = [name for name in ("RUNPOD_API_KEY", "RUNPOD_MODEL_KEY") if args.runpod and not os.environ.get(name)]
-    names = list(TESTS) if args.names == ["all"] else args.names
+    names = [name for name in TESTS if name not in ELSEWHERE] if args.names == ["all"] else args.names
     unknown = [name for name in names if name not in TESTS]
     if unknown or missing:
         parser.error(f"unknown test {', '.join(unknown)}" if unknown else f"--runpod needs {' and '.join(missing)}")

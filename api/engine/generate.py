@@ -21,6 +21,7 @@ from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
 from api.engine.calling import call, images_of, to_pil, to_uint8
 from api.engine.calls import Cancelled, Ticket
+from api.engine.controlnets import picture_arguments
 from api.engine.device import Device, is_fatal
 from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
@@ -294,8 +295,9 @@ class Engine:
                     previews.after(step + 1, total, tensors.get("latents"))
                 return {}
 
+            pictures = picture_arguments(pipe, request, to_pil(request.pictures))
             # a copy: some pipelines write to lists that they are given, and a job may run again
-            arguments = {**copy.deepcopy(without_scale(request.inputs)), **to_pil(request.pictures)}
+            arguments = {**copy.deepcopy(without_scale(request.inputs)), **pictures}
             try:
                 out = call(pipe, request.method, arguments, generator, after_step)
             except (ApiError, Cancelled, torch.OutOfMemoryError):
@@ -378,7 +380,7 @@ def _is_of_inputs(fault: Exception, request: GenerationRequest) -> bool:
     if isinstance(fault, AttributeError) and isinstance(fault.obj, diffusers.SchedulerMixin):
         return True  # the pipeline asks for what few schedulers have
     deep = isinstance(fault, LookupError | AttributeError | RuntimeError)
-    several = any(isinstance(found, list) for found in request.pictures.values())
+    several = any(isinstance(found, list) and len(found) > 1 for found in request.pictures.values())
     return deep and (several or any(request.inputs.get(name) is not None for name in _RARE))
 
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -32,6 +33,8 @@ from api.engine.skeletons import NotExactError, Skeleton, build
 from api.engine.specs import (
     Component,
     Weights,
+    added,
+    alone,
     components,
     computed_in,
     configuration,
@@ -39,6 +42,7 @@ from api.engine.specs import (
     side_files,
     variant_in,
     variant_of,
+    variant_of_part,
     weights,
     weights_identity,
 )
@@ -46,6 +50,7 @@ from api.engine.spent import spending
 from api.engine.tokenizers import taking_turns
 from api.engine.twins import Twins
 from api.errors import ApiError
+from api.models.description import is_model
 from api.schema.generation import ModelRef
 
 log = logging.getLogger("api.engine")
@@ -67,10 +72,16 @@ class LoadedModel:
         latent_maps: what makes previews of latents, by the autoencoder's name; None where that cannot be.
     """
 
-    def __init__(self, ref: ModelRef, dtype: torch.dtype, pipe: diffusers.DiffusionPipeline) -> None:
+    def __init__(
+        self,
+        ref: ModelRef,
+        dtype: torch.dtype,
+        pipe: diffusers.DiffusionPipeline,
+        additions: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
         self.ref = ref
         self.dtype = dtype
-        self.components: dict[str, Any] = taking_turns(pipe.components)
+        self.components: dict[str, Any] = {**taking_turns(pipe.components), **additions}
         self.config = {k: v for k, v in pipe.config.items() if k not in self.components and not k.startswith("_")}
         self.schedulers: dict[str, Any] = {}
         self.variants: dict[str, dict[str, Any]] = {}
@@ -128,8 +139,12 @@ class PartLoader:
         with spending("build"), naming(ref):
             variant = variant_of(folder, ref.precision)
             dtype = self._device.dtype(ref.precision)
-            found = [component for component in components(folder) if component.has_weights]
-            return [self._spec(_planned(component, dtype, variant)) for component in found]
+            others = [added(part) for part in ref.additions]
+            replaced = {component.name for component in others}
+            found = [part for part in components(folder) if part.has_weights and part.name not in replaced]
+            plans = [_planned(component, dtype, variant) for component in found]
+            plans += [_planned(part, dtype, variant_of_part(part.folder, ref.precision)) for part in others]
+            return [self._spec(plan) for plan in plans]
 
     def _spec(self, plan: _Plan) -> PartSpec:
         component, config, files = plan.component, plan.config, plan.weights.files
@@ -137,7 +152,7 @@ class PartLoader:
         what = [component.library, component.class_name, config, str(plan.dtype)]
         shapes = [header.shapes for header in plan.weights.headers]
         architecture = _digest([*what, shapes, plan.weights.sharded, plan.weights.plain])
-        identity = weights_identity(component.folder.parent, files)
+        identity = weights_identity(component.home or component.folder.parent, files)
         key = _digest([*what, self._twins.content(architecture, files, identity)])
         skeleton = self._skeleton(architecture, plan)
         if skeleton is None:
@@ -177,6 +192,8 @@ class PartLoader:
         return skeleton
 
     def _replanned(self, spec: PartSpec) -> _Plan:
+        if not is_model(spec.folder.parent):
+            return _planned(alone(spec.name, spec.folder), spec.dtype, variant_in(spec.files))
         found = [part for part in components(spec.folder.parent) if part.name == spec.name]
         if not found:
             raise broken(spec.folder, "is gone")
@@ -206,7 +223,7 @@ class PartLoader:
             with _as_broken(spec.folder):
                 module = load_module(
                     spec.folder.parent,
-                    spec.name,
+                    spec.folder.name,
                     spec.library,
                     spec.class_name,
                     spec.dtype,
@@ -326,13 +343,17 @@ class PartLoader:
         folder = Path(ref.folder)
         with spending("build"), naming(ref):
             rest = [part for part in components(folder) if not part.has_weights]
-            shared = {**modules, **{part.name: self._weightless.get(part) for part in rest}}
+            others = {part.name: modules[part.name] for part in ref.additions}
+            own_modules = {name: module for name, module in modules.items() if name not in others}
+            named = {part.name for part in components(folder)}
+            replacing = {name: module for name, module in others.items() if name in named}
+            shared = {**own_modules, **replacing, **{part.name: self._weightless.get(part) for part in rest}}
             given = {name: own(part) for name, part in shared.items()}  # constructors write to what they are given
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 ref.folder, **given, local_files_only=True, trust_remote_code=False
             )
-            model = LoadedModel(ref, self._device.dtype(ref.precision), pipe)
-            for name, module in modules.items():
+            model = LoadedModel(ref, self._device.dtype(ref.precision), pipe, others)
+            for name, module in own_modules.items():
                 if model.components.get(name) is given[name]:
                     model.components[name] = shared_unless_changed(given[name], module)
             return model

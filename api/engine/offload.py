@@ -54,19 +54,19 @@ class Offloaded(ModelRef, frozen=True):
     @property
     def full(self) -> str:
         """The key of the same model held as it is."""
-        return f"{self.folder}@{self.revision}:{self.precision}"
+        return self.plain.key
 
     @property
     def plain(self) -> ModelRef:
         """The same model held as it is."""
-        return ModelRef(self.model_id, self.revision, self.precision, self.folder)
+        return ModelRef(self.model_id, self.revision, self.precision, self.folder, self.additions)
 
 
 def held_as(ref: ModelRef, mode: str) -> ModelRef:
     """A model held in a way: ``full``, ``model`` or ``sequential``."""
     if mode == "full":
         return ref
-    return Offloaded(ref.model_id, ref.revision, ref.precision, ref.folder, mode)
+    return Offloaded(ref.model_id, ref.revision, ref.precision, ref.folder, ref.additions, mode)
 
 
 class Offloading:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from api.engine.community import community_class
+from api.engine.controlnets import together
 from api.engine.loader import LoadedModel
 from api.engine.schedulers import Generators, make_scheduler, seeded
 from api.schema.generation import GenerationRequest
@@ -36,6 +37,7 @@ def make_pipeline(
     own: Any = community_class(request.code) if request.code else getattr(diffusers, request.pipeline)
     cls = _on_one_device(own)
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    components = together(components)
     parts = {k: v for k, v in {**model.config, **components}.items() if k in accepted}
     for key, part in parts.items():  # a prior's, which is not to be chosen: schedulers count their steps
         if isinstance(part, diffusers.SchedulerMixin):

@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 from api.engine.headers import Header, broken, file_identity, read_header
 from api.models.manifest import is_safe_path, read_manifest
+from api.models.parts import CONFIG, class_of
+from api.schema.generation import Addition
 
 _UNIMPORTANT = ("_name_or_path", "_diffusers_version", "transformers_version", "_commit_hash", "torch_dtype")
 """Entries of a configuration that say where a model was saved, not what it is. What it computes in is asked for."""
@@ -40,6 +42,7 @@ class Component:
         cls: the class, or None for one that only the library can find.
         folder: where its files are.
         pipeline: the class that it is a component of, where diffusers has it.
+        home: the folder that was installed as a whole; None: the one above its own.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Component:
     cls: type | None
     folder: Path
     pipeline: type | None = None
+    home: Path | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -79,6 +83,33 @@ def components(folder: Path) -> list[Component]:
             cls = _class_of(library, class_name)
             found.append(Component(part, library, class_name, cls, folder / part, pipeline))
     return found
+
+
+def alone(name: str, folder: Path, home: Path | None = None) -> Component:
+    """A component that was saved by itself, and says in its own configuration what it is.
+
+    Args:
+        name: that it gets in the pipeline.
+        folder: where its files are.
+        home: see ``Component``.
+
+    Raises:
+        ApiError: MODEL_BROKEN.
+    """
+    config = _read_json(folder / CONFIG)
+    library = "diffusers" if "_class_name" in config else "transformers"
+    class_name = class_of(config)
+    return Component(name, library, class_name, _class_of(library, class_name), folder, home=home)
+
+
+def added(part: Addition) -> Component:
+    """The component that a request adds to its model.
+
+    Raises:
+        ApiError: MODEL_BROKEN.
+    """
+    home = Path(part.folder)
+    return alone(part.name, home / part.part, home)
 
 
 @functools.lru_cache(maxsize=256)
@@ -141,7 +172,15 @@ def variant_of(folder: Path, precision: str) -> str | None:
     diffusers names them ``diffusion_pytorch_model.fp16.safetensors``, and takes a component's plain files where
     the variant is missing, but not the other way round.
     """
-    names = {path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors")}
+    return _variant({path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors")}, precision)
+
+
+def variant_of_part(folder: Path, precision: str) -> str | None:
+    """The same for the folder of one component."""
+    return _variant({f"{folder.name}/{path.name}" for path in folder.glob("*.safetensors")}, precision)
+
+
+def _variant(names: set[str], precision: str) -> str | None:
     for variant in ("fp16", "bf16"):
         own = {name for name in names if f".{variant}." in name or f".{variant}-" in name}
         folders = {name.partition("/")[0] for name in own}

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from api.errors import ApiError
+from api.models.parts import class_of, configuration, marker
 
 _WHOLE_FILE = 16 * 2**20
 _SAMPLES, _SAMPLE = 16, 64 * 2**10
@@ -38,6 +39,7 @@ class InstalledModel(msgspec.Struct, frozen=True):
         predicts: what its denoiser computes: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
         parts: every part that its index names, with its class; an empty one where there is none.
         takes_picture: its denoiser takes a picture beside the latents, as those for inpainting and instructions do.
+        part: empty: a whole pipeline. Else what of one it is (``parts``), and ``class_name`` is that part's.
     """
 
     model_id: str
@@ -55,6 +57,12 @@ class InstalledModel(msgspec.Struct, frozen=True):
     predicts: str = "epsilon"
     parts: dict[str, str] = {}
     takes_picture: bool = False
+    part: str = ""
+
+    @property
+    def marker(self) -> Path:
+        """The file without which it is not there."""
+        return marker(self.folder, self.part) if self.part else self.folder / "model_index.json"
 
 
 def is_model(folder: Path) -> bool:
@@ -65,7 +73,9 @@ def is_model(folder: Path) -> bool:
         return False
 
 
-def describe(model_id: str, folder: Path, *, revision: str = "", key: str = "", source: str = "") -> InstalledModel:
+def describe(
+    model_id: str, folder: Path, *, revision: str = "", key: str = "", source: str = "", part: str = ""
+) -> InstalledModel:
     """Read a diffusers folder's configuration.
 
     Args:
@@ -74,11 +84,14 @@ def describe(model_id: str, folder: Path, *, revision: str = "", key: str = "", 
         revision: empty: a fingerprint is made of its files.
         key: its name on the volume.
         source: where it came from.
+        part: what of a pipeline it is; empty: all of it.
 
     Raises:
         ApiError: MODEL_BROKEN.
     """
     try:
+        if part:
+            return _read_part(model_id, folder, revision, key, source, part)
         return _read(model_id, folder, revision, key, source)
     except Exception as fault:  # whatever the files of a stranger make of it: endless numbers, bottomless lists
         raise ApiError(
@@ -159,6 +172,25 @@ def _text_layers(folder: Path) -> int:
     """Of its first text encoder; a refiner of SDXL has only the second one."""
     config = _config(folder, "text_encoder/config.json") or _config(folder, "text_encoder_2/config.json")
     return int(config.get("num_hidden_layers", 0))
+
+
+def _read_part(model_id: str, folder: Path, revision: str, key: str, source: str, part: str) -> InstalledModel:
+    files = sorted(p for p in (folder / part).glob("*") if p.is_file()) or [folder / part]
+    return InstalledModel(
+        model_id=model_id,
+        folder=folder.resolve(),
+        revision=revision or _fingerprint(folder, files),
+        class_name=class_of(configuration(folder, part)),
+        components=frozenset(),
+        scheduler="",
+        size_multiple=1,
+        text_layers=0,
+        default_size=None,
+        bytes=sum(p.stat().st_size for p in files if p.suffix in _WEIGHTS and p.is_file()),
+        key=key,
+        source=source,
+        part=part,
+    )
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from api.errors import ApiError
 from api.models.hub_transfer import Mismatch, RemoteFile, headers, is_transient, retry_after, transfer, transport_error
 from api.models.manifest import FileEntry, OnProgress
 from api.models.names import check_model_id, check_revision
-from api.models.select import MODEL_INDEX, Selection, select_files
+from api.models.parts import is_part
+from api.models.select import MODEL_INDEX, Selection, select_files, select_part
 
 ID_FIELD = "callInputs.MODEL_ID"
 REVISION_FIELD = "callInputs.MODEL_REVISION"
@@ -65,7 +66,12 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def resolve(
-    model_id: str, revision: str = "", precision: str = "", token: str | None = None, endpoint: str | None = None
+    model_id: str,
+    revision: str = "",
+    precision: str = "",
+    token: str | None = None,
+    endpoint: str | None = None,
+    part: str = "",
 ) -> Plan:
     """Ask the hub what a model is made of: three requests, no weights.
 
@@ -75,6 +81,7 @@ def resolve(
         precision: ``""``, ``fp32``, ``fp16`` or ``bf16``; see ``select_files``.
         token: what to authenticate with; None: what ``huggingface_hub`` finds (HF_TOKEN, a login under HF_HOME).
         endpoint: address of the hub; None: HF_ENDPOINT, or the public hub.
+        part: what of a pipeline is wanted; empty: all of it.
 
     Raises:
         ApiError: INVALID_INPUTS, SOURCE_DENIED, MODEL_NOT_FOUND (for a missing revision ``available`` lists
@@ -112,8 +119,11 @@ def resolve(
             return hf_hub_url(model_id, name, revision=commit, endpoint=address)
 
         # The listing of a gated model is public, its files are not: this request also finds that out early.
-        index = hub.json(url(MODEL_INDEX)) if MODEL_INDEX in siblings else {}
-        selection = select_files(siblings, index, precision)
+        if part:
+            selection = select_part(siblings, part, precision)
+        else:
+            index = hub.json(url(MODEL_INDEX)) if MODEL_INDEX in siblings else {}
+            selection = select_files(siblings, index, precision)
         files = tuple(hub.remote_file(siblings[name], url(name)) for name in selection.files)
     return Plan(model_id, repo, commit, selection, files, hub.page)
 
@@ -178,7 +188,7 @@ def dataset_file(repo: str, name: str, token: str | None = None, endpoint: str |
             return None
 
 
-def cached(model_id: str, revision: str, cache_dir: Path, precision: str = "") -> Path | None:
+def cached(model_id: str, revision: str, cache_dir: Path, precision: str = "", part: str = "") -> Path | None:
     """Find a model in a hub cache folder, such as a platform brings along. No network, no lock, no write.
 
     The layout is that of ``huggingface_hub``: ``models--org--name/refs/main`` holds a commit,
@@ -190,6 +200,7 @@ def cached(model_id: str, revision: str, cache_dir: Path, precision: str = "") -
         revision: branch, tag or commit; empty: ``main``, or the only snapshot there is.
         cache_dir: the folder with the ``models--…`` folders.
         precision: see ``select_files``.
+        part: as for ``resolve``.
 
     Returns:
         The snapshot's folder (its files may be links into ``blobs``), or None.
@@ -204,8 +215,11 @@ def cached(model_id: str, revision: str, cache_dir: Path, precision: str = "") -
         snapshot = _snapshot(repository, revision)
         if snapshot is None:
             return None
-        index = msgspec.json.decode((snapshot / MODEL_INDEX).read_bytes(), type=dict[str, Any])
         names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+        if part:
+            select_part(names, part, precision)
+            return snapshot if is_part(snapshot, part) else None
+        index = msgspec.json.decode((snapshot / MODEL_INDEX).read_bytes(), type=dict[str, Any])
         select_files(names, index, precision)
     except (OSError, msgspec.MsgspecError, ApiError):
         return None

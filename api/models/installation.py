@@ -170,7 +170,7 @@ class Installation:
         if not problems:
             folders = self._remove_all_but(paths)
             files, problems = examine(self.staging, files, hashes or {}, sync=True)
-            problems += [] if manifest.adapter else missing_parts(self.staging)
+            problems += [] if manifest.adapter else missing_parts(self.staging, manifest.part)
         if problems:
             raise corrupt(manifest.model_id, f"from {manifest.source}", problems)
         for folder in folders:

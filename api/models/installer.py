@@ -23,6 +23,7 @@ from api.models.s3_upload import can_upload_folder
 from api.models.sources import checkpoint, remote
 from api.models.sources.adapter import AdapterSource
 from api.models.sources.archive import ArchiveSource
+from api.models.sources.file import FileSource
 from api.models.sources.hub import HubSource
 from api.models.sources.s3_folder import S3FolderSource
 from api.models.sources.source import Source
@@ -148,7 +149,7 @@ class Installer:
     def _left_by_others(self, ref: SourceRef) -> Path | None:
         """Where docker-diffusers-api left it, also when that was taken over before."""
         # where a request says where the weights are, nothing says that these are those
-        if not (ref.is_local or (ref.trusted and ref.repo == ref.model_id)) or "/" in ref.revision:
+        if ref.part or not (ref.is_local or (ref.trusted and ref.repo == ref.model_id)) or "/" in ref.revision:
             return None
         old = self._volume.root / normalized_model_id(ref.model_id, ref.revision)
         there = (old / "model_index.json").is_file() and not old.is_symlink()
@@ -184,9 +185,10 @@ class Installer:
             datetime.now(UTC).isoformat(timespec="seconds"),
             ref.trusted,
             adapter=ref.adapter,
+            part=ref.part,
         )
         if not ref.adapter:
-            describe(ref.model_id, installation.staging, revision="-")
+            describe(ref.model_id, installation.staging, revision="-", part=ref.part)
         hashes = {entry.path: entry.sha256 for entry in got.files if entry.sha256}
         installation.commit(manifest, hashes)
         log.info("installed %s from %s as %s", ref.model_id, source.origin, source.key)
@@ -222,7 +224,9 @@ class Installer:
                 raise
             return self._after_a_miss(ref, ref.url, error)
         if ref.url.kind == "archive":
-            return ArchiveSource(found), None
+            return ArchiveSource(found, ref.part), None
+        if ref.part:
+            return FileSource(found, ref.part), None
         return checkpoint.CheckpointSource(found, self._config(ref), settings), None
 
     def _after_a_miss(self, ref: SourceRef, url: Location, miss: ApiError) -> tuple[Source, Location | None]:

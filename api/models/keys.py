@@ -27,11 +27,13 @@ class HubFiles(msgspec.Struct, frozen=True):
         commit: what the revision resolved to: 40 (SHA-1) or 64 (SHA-256) hex digits.
         variant: which weight files are meant: ``""``, ``fp16`` or ``bf16``. The variant that was found,
             not the precision that was asked for: plain files that are cast on load are plain files.
+        part: what of a pipeline is meant; empty: all of it.
     """
 
     repo: str
     commit: str
     variant: str = ""
+    part: str = ""
 
 
 class LocatedFiles(msgspec.Struct, frozen=True):
@@ -45,12 +47,14 @@ class LocatedFiles(msgspec.Struct, frozen=True):
         variant: as in ``HubFiles``; counts for a folder only, the others have one set of files.
         config_version: what identifies a checkpoint's configuration, where one was given: the same weights
             converted with another one are another model.
+        part: as in ``HubFiles``.
     """
 
     location: Location
     version: str = ""
     variant: str = ""
     config_version: str = ""
+    part: str = ""
 
 
 def model_key(files: HubFiles | LocatedFiles) -> str:
@@ -78,6 +82,8 @@ def model_key(files: HubFiles | LocatedFiles) -> str:
         identity = ["url", where.identity, _version(where, files.version), variant]
         if where.kind == "checkpoint":
             identity.append(files.config_version)
+    if files.part:
+        identity.append({"part": files.part})
     # JSON keeps the parts apart whatever they hold
     digest = hashlib.sha256(msgspec.json.encode(identity)).hexdigest()[:_DIGITS]
     return f"{_readable(readable)}@{digest}" + (f"-{variant}" if variant else "")

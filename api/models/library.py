@@ -23,6 +23,7 @@ from api.models.keys import HubFiles, is_commit, is_key, model_key
 from api.models.locations import normalized_model_id
 from api.models.manifest import MANIFEST_NAME, Manifest, missing_parts, read_manifest, sha256_of
 from api.models.names import folder_name, is_model_id, model_id_of
+from api.models.parts import is_part
 from api.models.records import Records
 from api.models.refs import SourceRef
 from api.models.safetensors_check import safetensors_problem
@@ -90,7 +91,8 @@ class Library:
         self.volume = Volume(settings.models_dir, _limit(settings))
         self._volumes = [self.volume, Volume(settings.baked_models_dir, None)]
         self._records = [Records(volume.root) for volume in self._volumes]
-        self._known: dict[Path, _Known] = {}
+        self._known: dict[tuple[Path, str], _Known] = {}
+        """By folder, and what of a pipeline is there."""
         self._answers: dict[str, _Answer] = {}
         self._used: dict[str, float] = {}
         self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
@@ -103,10 +105,10 @@ class Library:
         """
         found = self._local(ref) if ref.is_local else None
         found = found or self._installed(ref) or (self._cached(ref) if ref.is_plain else None)
-        found = found or (self._left_behind(ref) if ref.is_local else None)
+        found = found or (self._left_behind(ref) if ref.is_local and not ref.part else None)
         if found is not None:
             with contextlib.suppress(OSError):
-                self._answers[ref.name] = _Answer(_times(found.folder), found, time.monotonic() + _MOMENT)
+                self._answers[ref.name] = _Answer(_times(found), found, time.monotonic() + _MOMENT)
         return found
 
     def recall(self, ref: SourceRef) -> InstalledModel | None:
@@ -116,7 +118,7 @@ class Library:
         """
         answer = self._answers.get(ref.name)
         with contextlib.suppress(OSError):
-            if answer and time.monotonic() < answer.until and answer.times == _times(answer.model.folder):
+            if answer and time.monotonic() < answer.until and answer.times == _times(answer.model):
                 self._use(answer.model)
                 return answer.model
         return None
@@ -176,7 +178,8 @@ class Library:
             for volume in self._volumes
             for entry in volume.list()
             if not entry.manifest.adapter
-            if (_is_of_repo(entry, ref.repo) or (entry.manifest.trusted and entry.manifest.model_id == ref.model_id))
+            and entry.manifest.part == ref.part
+            and (_is_of_repo(entry, ref.repo) or (entry.manifest.trusted and entry.manifest.model_id == ref.model_id))
             and entry.manifest.variant in ("", ref.variant)
             and ref.revision in ("", entry.manifest.revision)
         ]
@@ -184,7 +187,8 @@ class Library:
 
     def names(self) -> list[str]:
         """Every model that can be asked for by its id."""
-        return sorted({model_id for model_id, _ in self._plain_folders()} | {m.model_id for _, _, m in self._listed()})
+        installed = {manifest.model_id for _, _, manifest in self._listed() if not manifest.part}
+        return sorted({model_id for model_id, _ in self._plain_folders()} | installed)
 
     def all(self) -> list[InstalledModel]:
         """Every model that can be read; broken ones are left out."""
@@ -202,7 +206,7 @@ class Library:
 
         ``all`` lists what is installed and what was put there by hand; this knows those of others' caches as well.
         """
-        known = self._known.get(folder)
+        known = self._known.get((folder, ""))
         if known is None or known.model.revision != revision or known.seen != _seen(folder, known.is_settled):
             return None
         return known.model
@@ -225,8 +229,9 @@ class Library:
     def _local(self, ref: SourceRef) -> InstalledModel | None:
         """A folder that somebody put there by hand."""
         for folder in self._places(ref.model_id):
-            if is_model(folder) and not (folder / MANIFEST_NAME).exists():
-                model = self._inspect(ref.model_id, folder)
+            there = is_part(folder, ref.part) if ref.part else is_model(folder)
+            if there and not (folder / MANIFEST_NAME).exists():
+                model = self._inspect(ref.model_id, folder, part=ref.part)
                 if ref.revision in ("", model.revision):
                     return model
         return None
@@ -244,7 +249,7 @@ class Library:
         for volume, records in zip(self._volumes, self._records, strict=True):
             key = records.find(ref)
             if key is None and ref.is_plain and is_commit(ref.revision):
-                key = model_key(HubFiles(ref.repo, ref.revision, ref.variant))
+                key = model_key(HubFiles(ref.repo, ref.revision, ref.variant, ref.part))
             # a record is a file on a volume that others write to as well
             folder = volume.find(key) if key is not None and is_key(key) else None
             manifest = read_manifest(folder) if folder else None
@@ -254,10 +259,10 @@ class Library:
 
     def _cached(self, ref: SourceRef) -> InstalledModel | None:
         for cache in self._settings.hub_caches:
-            snapshot = hub.cached(ref.repo, ref.revision, cache, ref.precision)
+            snapshot = hub.cached(ref.repo, ref.revision, cache, ref.precision, ref.part)
             weights = list(snapshot.rglob("*.safetensors")) if snapshot else []
             if snapshot and weights and not any(safetensors_problem(path) for path in weights):
-                return self._inspect(ref.model_id, snapshot, revision=snapshot.name)
+                return self._inspect(ref.model_id, snapshot, revision=snapshot.name, part=ref.part)
         return None
 
     def _left_behind(self, ref: SourceRef) -> InstalledModel | None:
@@ -288,17 +293,17 @@ class Library:
                     yield volume, entry.key, entry.manifest
 
     def _take(self, volume: Volume, key: str, manifest: Manifest, model_id: str) -> InstalledModel:
-        return self._inspect(model_id, volume.root / key, manifest.revision, key, manifest.source)
+        return self._inspect(model_id, volume.root / key, manifest.revision, key, manifest.source, manifest.part)
 
     def _inspect(
-        self, model_id: str, folder: Path, revision: str = "", key: str = "", source: str = ""
+        self, model_id: str, folder: Path, revision: str = "", key: str = "", source: str = "", part: str = ""
     ) -> InstalledModel:
         folder = folder.resolve()
         seen = _seen(folder, bool(revision))
-        known = self._known.get(folder)
+        known = self._known.get((folder, part))
         if known is None or known.seen != seen:
-            model = describe(model_id, folder, revision=revision, key=key, source=source)
-            known = self._known[folder] = _Known(seen, model, bool(revision))
+            model = describe(model_id, folder, revision=revision, key=key, source=source, part=part)
+            known = self._known[folder, part] = _Known(seen, model, bool(revision))
         if known.model.model_id == model_id:
             return known.model
         return msgspec.structs.replace(known.model, model_id=model_id)
@@ -309,7 +314,7 @@ def _is_of_repo(entry: InstalledEntry, repo: str) -> bool:
     manifest = entry.manifest
     if not is_commit(manifest.revision):
         return False
-    return entry.key == model_key(HubFiles(repo, manifest.revision, manifest.variant))
+    return entry.key == model_key(HubFiles(repo, manifest.revision, manifest.variant, manifest.part))
 
 
 def _limit(settings: Settings) -> int | None:
@@ -322,8 +327,8 @@ def _limit(settings: Settings) -> int | None:
     return int(shutil.disk_usage(root).total * limit)
 
 
-def _times(folder: Path) -> tuple[int, int]:
-    return folder.stat().st_mtime_ns, (folder / "model_index.json").stat().st_mtime_ns
+def _times(model: InstalledModel) -> tuple[int, int]:
+    return model.folder.stat().st_mtime_ns, model.marker.stat().st_mtime_ns
 
 
 def _seen(folder: Path, is_settled: bool) -> _Seen:

@@ -63,6 +63,7 @@ class Manifest(msgspec.Struct, frozen=True):
         trusted: the operator named the source, not a request.
         format: of this description.
         adapter: ``lora`` or ``inversion``, where it is no model.
+        part: what of a pipeline this is (``parts``); empty: all of it.
     """
 
     model_id: str
@@ -75,6 +76,7 @@ class Manifest(msgspec.Struct, frozen=True):
     trusted: bool = False
     format: int = _FORMAT
     adapter: str = ""
+    part: str = ""
 
 
 def is_safe_path(path: str) -> bool:
@@ -240,12 +242,19 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def missing_parts(folder: Path) -> list[str]:
+def missing_parts(folder: Path, part: str = "") -> list[str]:
     """What a diffusers folder lacks of what its ``model_index.json`` names, in words.
 
     A component is a pair [library, class]; one of nulls was left out on purpose. Each has a folder, a
     scheduler its configuration, and what is saved with weights a whole set of them.
+
+    Args:
+        folder: to look into.
+        part: where not all of a pipeline is to be there, but one part of it.
     """
+    if part:
+        problem = None if (folder / part).is_file() else _component_problem(folder / part, "diffusers", "")
+        return [f"{'it' if part == '.' else part} {problem}"] if problem else []
     try:
         index = msgspec.json.decode((folder / "model_index.json").read_bytes(), type=dict[str, Any])
     except FileNotFoundError:

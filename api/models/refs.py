@@ -32,6 +32,7 @@ class SourceRef(msgspec.Struct, frozen=True):
         trusted: the addresses come from the environment, not from a request.
         config_trusted: so does the configuration's.
         adapter: ``lora`` or ``inversion``: ``checkpoint`` is no model, but one of these.
+        part: what of a pipeline is meant (``parts``): the path of a folder or a file; empty: all of it.
     """
 
     model_id: str
@@ -44,6 +45,7 @@ class SourceRef(msgspec.Struct, frozen=True):
     trusted: bool = False
     config_trusted: bool = False
     adapter: str = ""
+    part: str = ""
 
     @property
     def variant(self) -> str:
@@ -58,6 +60,8 @@ class SourceRef(msgspec.Struct, frozen=True):
             parts.append((*place.identity, place.sha256 or "") if place else None)
         parts += [self.adapter] if self.adapter else []
         parts.append(self.config if self.checkpoint or (self.url and self.url.kind == "checkpoint") else "")
+        if self.part:
+            parts.append({"part": self.part})
         return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
 
     @property
@@ -123,7 +127,7 @@ def read_ref(options: Mapping[str, Any], settings: Settings) -> SourceRef | None
     if config and not (checkpoint or (url and url.kind == "checkpoint")):
         message = "It says how a checkpoint is built, and there is no CHECKPOINT_URL."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.CHECKPOINT_CONFIG_URL")
-    model_id = named or (trusted and settings.model_id) or values.get("HF_MODEL_ID") or _name_of(checkpoint or url)
+    model_id = named or (trusted and settings.model_id) or values.get("HF_MODEL_ID") or name_of(checkpoint or url)
     if not model_id:
         return None
     repo = values.get("HF_MODEL_ID") or model_id
@@ -144,7 +148,7 @@ def _locate(values: Mapping[str, Any], name: str, settings: Settings, model_id: 
     )
 
 
-def _name_of(place: Location | None) -> str:
+def name_of(place: Location | None) -> str:
     """A model id after the file's name, for a request that gives none."""
     if place is None:
         return ""

@@ -79,7 +79,9 @@ class Plan(msgspec.Struct, frozen=True):
         return sum(file.size for file in self.files)
 
 
-def resolve(location: Location, access: Access | None = None, *, select: Select | None = None) -> Plan:
+def resolve(
+    location: Location, access: Access | None = None, *, select: Select | None = None, marker: str = MODEL_INDEX
+) -> Plan:
     """Find out what lies at a location, without fetching it.
 
     A folder must hold ``model_index.json``, which an upload writes last. Where the upload left its
@@ -90,6 +92,7 @@ def resolve(location: Location, access: Access | None = None, *, select: Select 
         location: of source ``s3``.
         access: by default from the environment.
         select: chooses files of a folder; by default all are taken.
+        marker: the file that a folder must hold; its content is what ``select`` is given.
 
     Raises:
         ApiError: MODEL_NOT_FOUND, SOURCE_DENIED, SOURCE_UNREACHABLE, ARCHIVE_UNSAFE (a key that would
@@ -99,7 +102,7 @@ def resolve(location: Location, access: Access | None = None, *, select: Select 
     client = connect(location, access)
     with faults(location):
         if location.kind == "prefix":
-            return _resolve_folder(client, location, select)
+            return _resolve_folder(client, location, select, marker)
         file, region = _head(client, location, location.filename, location.key)
         revision = f"sha256:{file.sha256}" if file.sha256 else file.etag
         return Plan(location, (file,), revision, region)
@@ -133,7 +136,7 @@ def urls(plan: Plan, access: Access | None = None, *, expires: int = EXPIRES) ->
         }
 
 
-def _resolve_folder(client: Any, location: Location, select: Select | None) -> Plan:
+def _resolve_folder(client: Any, location: Location, select: Select | None, marker: str) -> Plan:
     found: dict[str, RemoteFile] = {}
     region = client.meta.region_name
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=location.key)
@@ -150,9 +153,9 @@ def _resolve_folder(client: Any, location: Location, select: Select | None) -> P
     if not found:
         raise missing(location, "nothing is there")
     _check_paths(location, found)
-    index = found.get(MODEL_INDEX)
+    index = found.get(marker)
     if index is None or not index.size:
-        raise missing(location, f"incomplete upload, or no model's folder: {MODEL_INDEX} is missing")
+        raise missing(location, f"incomplete upload, or no model's folder: {marker} is missing")
     listed = found.pop(MANIFEST_NAME, None)
     if listed:
         found = _as_listed(location, found, _read(client, location, listed))

@@ -17,6 +17,7 @@ import msgspec
 
 from api.errors import ApiError
 from api.models.manifest import WEIGHTLESS, is_safe_path
+from api.models.parts import CONFIG, is_file
 
 MODEL_INDEX = "model_index.json"
 PRECISION_FIELD = "callInputs.MODEL_PRECISION"
@@ -40,6 +41,7 @@ _OTHER_WEIGHTS = """.ckpt .pt .pth .pkl .pickle .msgpack .h5 .onnx .onnx_data .p
 _NOT_READ = """.png .jpg .jpeg .webp .gif .svg .bmp .tif .tiff .avif .mp4 .webm .mov .avi .mp3 .wav .md .rst .pdf .html
     .ipynb .zip .tar .zst .7z .py .pyc .sh .lock .log"""
 _LEFT_OUT = frozenset(f"{_OTHER_WEIGHTS} {_NOT_READ}".split())
+_SHOWN = 50
 _OTHER_FRAMEWORKS = (".msgpack", ".onnx", ".xml", ".h5", ".ckpt", ".pt", ".pth", ".gguf", ".mlmodel", ".tflite")
 
 
@@ -124,6 +126,40 @@ def select_files(names: Iterable[str], model_index: Mapping[str, Any], precision
     return Selection(tuple(sorted(files)), wanted if got_variant else "", converts, tuple(sorted(plain)))
 
 
+def select_part(names: Iterable[str], part: str, precision: str) -> Selection:
+    """Choose the files of one part of a pipeline, which is saved by itself: its configuration and its weights.
+
+    Args:
+        names: as for ``select_files``.
+        part: its folder, ``.`` for the root; or a file.
+        precision: as for ``select_files``.
+
+    Raises:
+        ApiError: MODEL_BROKEN: there is no such part, or it has no weights that can be used.
+    """
+    listing = sorted(set(names))
+    if is_file(part):
+        if part not in listing or not is_safe_path(part):
+            there = [name for name in listing if is_file(name)]
+            raise _broken(f"it has no file {part}", available=there[:_SHOWN])
+        return Selection((part,), "", needs_conversion=False)
+    before = "" if part == "." else f"{part}/"
+    inside = [name for name in listing if name.startswith(before) and "/" not in name[len(before) :]]
+    if f"{before}{CONFIG}" not in inside or not all(map(is_safe_path, inside)):
+        whole = " it is a whole pipeline, which goes into MODEL_ID" if MODEL_INDEX in listing else ""
+        raise _broken(f"there is no {before}{CONFIG}, so it is not one part of a pipeline{whole and ':'}{whole}")
+    wanted = precision if precision in ("fp16", "bf16") else ""
+    groups = _groups(inside)
+    whole_sets = {key: found for key, group in groups.items() if (found := group.files()) is not None}
+    kind = _best(whole_sets, wanted)
+    if kind is None:
+        raise _unusable("it", wanted, groups, {kind for _, kind in whole_sets}, inside)
+    files = {name for name in inside if not _left_out(name)}
+    for base in _bases(whole_sets, kind):
+        files.update(whole_sets[base, kind])
+    return Selection(tuple(sorted(files)), wanted if kind.variant else "", kind.format == "bin")
+
+
 def components(model_index: Mapping[str, Any]) -> dict[str, str]:
     """The parts that a pipeline was saved with: name to class name; those saved as null are left out."""
     return {
@@ -168,11 +204,11 @@ def _weights(
             for base in _bases(whole, kind):
                 files.update(whole[base, kind])
         elif groups and "/" not in folder:
-            raise _unusable(component, class_name, wanted, groups, there)
+            raise _unusable(_named(component, class_name), wanted, groups, there)
     # a class from elsewhere that keeps no configuration keeps no weights either
     known = library in ("diffusers", "transformers") or f"{component}/config.json" in inside
     if not own and known and not WEIGHTLESS.search(class_name):
-        raise _unusable(component, class_name, wanted, {}, there, inside)
+        raise _unusable(_named(component, class_name), wanted, {}, there, inside)
     needed = "scheduler_config.json" if class_name.endswith("Scheduler") else "config.json" if own else None
     if needed and f"{component}/{needed}" not in inside:
         raise _broken(f'its component "{component}" ({class_name}) has no {needed}')
@@ -218,6 +254,8 @@ def _broken(why: str, field: str = "callInputs.MODEL_ID", available: list[str] |
 
 
 def _no_layout(listing: list[str]) -> ApiError:
+    if CONFIG in listing and any(name.startswith("diffusion_pytorch_model.") for name in listing):
+        return _broken("it is one part of a pipeline, not a pipeline; a ControlNet goes into callInputs.controlnets")
     single = [n for n in listing if "/" not in n and n.lower().endswith((".safetensors", ".ckpt"))]
     if single:
         return _broken(
@@ -226,15 +264,17 @@ def _no_layout(listing: list[str]) -> ApiError:
     return _broken("it has no model_index.json, so it is not a diffusers pipeline")
 
 
+def _named(component: str, class_name: str) -> str:
+    return f'its component "{component}" ({class_name})'
+
+
 def _unusable(
-    component: str,
-    class_name: str,
+    part: str,
     wanted: str,
     groups: dict[tuple[str, _Kind], _Group],
     whole: set[_Kind],
     inside: list[str] | None = None,
 ) -> ApiError:
-    part = f'its component "{component}" ({class_name})'
     variants = sorted({kind.variant for kind in whole} & {"fp16", "bf16"})
     if variants:
         asked = wanted or "fp32"

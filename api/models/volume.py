@@ -246,7 +246,7 @@ class Volume:
         problems = size_problems(folder, manifest.files)
         if not problems:
             problems = examine(folder, manifest.files, {}, sync=False)[1]
-            problems += [] if manifest.adapter else missing_parts(folder)
+            problems += [] if manifest.adapter else missing_parts(folder, manifest.part)
         listed = {entry.path for entry in manifest.files}
         return problems + [f"{e.path} is not in the manifest" for e in list_files(folder) if e.path not in listed]
 

@@ -53,6 +53,24 @@ class Build(msgspec.Struct, frozen=True):
         return frozenset((*self.required, *self.optional))
 
 
+class WithControlNet(msgspec.Struct, frozen=True):
+    """A pipeline that is another one with a ControlNet.
+
+    Attributes:
+        plain: the other one.
+        task: what both are for.
+        controlnet: class of the ControlNet.
+        several: it takes more than one.
+        image: its argument for the ControlNet's picture.
+    """
+
+    plain: str
+    task: str
+    controlnet: str
+    several: bool
+    image: str
+
+
 class Catalogue(msgspec.Struct, frozen=True):
     """The generated catalogue.
 
@@ -62,6 +80,7 @@ class Catalogue(msgspec.Struct, frozen=True):
         pipelines: class of each pipeline that can be run, to its inputs.
         builds: the same, to what it is built from.
         refused: class of each pipeline that cannot be run, to a sentence that says why.
+        controlnets: class of each pipeline that takes ControlNets which a request names, to what it is.
     """
 
     diffusers: str
@@ -69,6 +88,7 @@ class Catalogue(msgspec.Struct, frozen=True):
     pipelines: dict[str, dict[str, Input]]
     builds: dict[str, Build]
     refused: dict[str, str]
+    controlnets: dict[str, WithControlNet]
 
     @property
     def pipeline_names(self) -> list[str]:

@@ -18,6 +18,22 @@ EXTRAS_LIMIT = 32 * 2**20
 """Bytes of latents in one answer."""
 
 
+class Addition(msgspec.Struct, frozen=True):
+    """A part that a request adds to its model, such as a ControlNet.
+
+    Attributes:
+        name: of the component in the pipeline: ``controlnet``, the next one ``controlnet_1``; ``image_encoder``.
+        revision: as ``ModelRef.revision``.
+        folder: absolute path of what it was installed as.
+        part: where in that folder its configuration and weights are; ``.``: in the folder itself.
+    """
+
+    name: str
+    revision: str
+    folder: str
+    part: str = "."
+
+
 class ModelRef(msgspec.Struct, frozen=True):
     """What names weights.
 
@@ -26,17 +42,20 @@ class ModelRef(msgspec.Struct, frozen=True):
         revision: a fingerprint of the installed files, or a commit.
         precision: ``fp32``, ``fp16`` or ``bf16``: what the weights are computed in.
         folder: absolute path of the diffusers layout on disk.
+        additions: parts that are no part of it: it is another model with them, which shares its own with it.
     """
 
     model_id: str
     revision: str
     precision: str
     folder: str
+    additions: tuple[Addition, ...] = ()
 
     @property
     def key(self) -> str:
         """Two refs with the same key mean the same weights in the same precision."""
-        return f"{self.folder}@{self.revision}:{self.precision}"
+        added = (f"+{part.name}={part.folder}/{part.part}@{part.revision}" for part in self.additions)
+        return "".join((f"{self.folder}@{self.revision}:{self.precision}", *added))
 
 
 class Picture(msgspec.Struct, frozen=True):

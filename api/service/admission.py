@@ -6,10 +6,14 @@ Everything here happens before a worker is asked and before a weight is read.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import msgspec
 
 from api.errors import ApiError, nothing_to_offload
 from api.models.community import Community, community, is_community
@@ -19,8 +23,10 @@ from api.models.refs import SourceRef, read_ref
 from api.schema.catalogue import Input, catalogue
 from api.schema.generation import WEIGHTS, Code, GenerationRequest, ModelRef, Picture, Pictures, each_picture
 from api.schema.transfers import Transfer
+from api.service import controlnets
 from api.service import inputs as checks
 from api.service.adapters import Adapters, Chosen
+from api.service.additions import Added, Additions
 from api.service.choices import check_community, check_early, choose_method, choose_pipeline
 from api.service.destinations import Destination, check_destinations, choose_destinations
 from api.service.fetcher import Fetched, Fetcher
@@ -74,6 +80,8 @@ class _Draft:
     prompt_syntax: str
     method: str
     code: Code | None
+    controls: list[str]
+    added: Sequence[Added]
 
 
 class Admission:
@@ -90,6 +98,7 @@ class Admission:
         self._settings = settings
         self._library = library
         self._fetcher = fetcher
+        self._additions = Additions(settings, library, fetcher)
         self._has_gpu = has_gpu
         self._adapters = Adapters(settings, library, fetcher)
 
@@ -136,23 +145,38 @@ class Admission:
             raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
         ref = self.source_ref(options)
         self._adapters.check(options)
+        wanted = self._additions.read(options, ref)
         pictures: Pictures = {}
+        added: list[Added] = []
 
         async def check(model: InstalledModel) -> _Draft:
-            return await self._checked(model, options, model_inputs, ref, pictures, code)
+            return await self._checked(model, options, model_inputs, ref, pictures, code, added)
+
+        async def check_added(known: list[Added]) -> None:
+            controlnets.check_is_controlnet(known)
+            if found is not None and len(known) == len(wanted):
+                await self._checked(found, options, model_inputs, ref, pictures, code, known)
 
         found = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         fetched = Fetched(found, {}) if found else None
-        if fetched is None:
-            check_early(options, model_inputs, code)
-            fetched = await self._fetcher.ensure(ref, check, on_event)
-        with self._fetcher.hold(fetched.model.folder):
+        with contextlib.ExitStack() as held:
+            if fetched is None:
+                check_early(options, model_inputs, code)
+            else:
+                held.enter_context(self._fetcher.hold(fetched.model.folder))
+            added, took = await self._additions.ensure(wanted, check_added, held, on_event)
+            if fetched is None:
+                fetched = await self._fetcher.ensure(ref, check, on_event)
+                held.enter_context(self._fetcher.hold(fetched.model.folder))
             draft = await check(fetched.model)
             chosen = await self._adapters.choose(options, fetched.model, on_event)
-            with self._fetcher.hold(*chosen.folders):
-                request = self._complete(request_id, draft, pictures, ref, chosen)
-        timings = {**chosen.timings, **fetched.timings}
-        return Admitted(request, {**options, "callback_steps": draft.callback_steps}, timings, draft.destinations)
+            held.enter_context(self._fetcher.hold(*chosen.folders))
+            request = self._complete(request_id, draft, pictures, ref, chosen)
+        timings = Counter(took)
+        timings.update(chosen.timings)
+        timings.update(fetched.timings)
+        options = {**options, "callback_steps": draft.callback_steps}
+        return Admitted(request, options, dict(timings), draft.destinations)
 
     async def check(self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]) -> None:
         """Validate a request that is to run later, as far as that goes without fetching anything.
@@ -174,10 +198,13 @@ class Admission:
             if not self._fetcher.is_local(ref):
                 return
             model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
-        if options.get("is_url"):
-            self._check(model, options, model_inputs, ref, code)
+        added = await self._additions.find(self._additions.read(options, ref))
+        if added is None:
+            check_early(options, model_inputs, code)
+        elif options.get("is_url"):
+            self._check(model, options, model_inputs, ref, code, added)
         else:
-            await self._checked(model, options, model_inputs, ref, {}, code)
+            await self._checked(model, options, model_inputs, ref, {}, code, added)
 
     async def plan(
         self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
@@ -200,7 +227,11 @@ class Admission:
             if not self._fetcher.is_local(ref):
                 return ref, None
             model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
-        draft = await self._checked(model, options, model_inputs, ref, pictures, code)
+        added = await self._additions.find(self._additions.read(options, ref))
+        if added is None:
+            check_early(options, model_inputs, code)
+            return ref, None
+        draft = await self._checked(model, options, model_inputs, ref, pictures, code, added)
         return ref, self._complete("", draft, pictures, ref)
 
     async def _checked(
@@ -211,9 +242,10 @@ class Admission:
         ref: SourceRef,
         pictures: Pictures,
         code: Community | None,
+        added: Sequence[Added],
     ) -> _Draft:
         """Everything that can be said of a request with its model's configuration; fills in its pictures."""
-        draft = self._check(model, options, model_inputs, ref, code)
+        draft = self._check(model, options, model_inputs, ref, code, added)
         await check_destinations(draft.destinations, self._settings)
         if not pictures:  # read once, also where it is checked before the model is fetched and after
             pictures.update(await self._pictures(draft, model_inputs))
@@ -252,11 +284,16 @@ class Admission:
         model_inputs: dict[str, Any],
         ref: SourceRef,
         code: Community | None,
+        added: Sequence[Added],
     ) -> _Draft:
-        """Everything that can be said once the model's configuration is at hand."""
+        """Everything that can be said once the model's configuration is at hand, and those of what is added to it."""
+        control = None
         if code:
-            check_community(model, code)
+            check_community(model, code, added)
             requested, pipeline = code.name, code.code.class_name
+        elif added:
+            control = controlnets.control(options, model_inputs, model, added)
+            requested, pipeline, model_inputs = control.requested, control.pipeline, control.inputs
         else:
             requested, pipeline = choose_pipeline(options, model_inputs, model, self._settings.pipeline)
         method = choose_method(options, code.name if code else pipeline, code)
@@ -264,6 +301,8 @@ class Admission:
         safety_checker = choose_safety(options, model, self._settings.safety_checker)
         encoding = choose_encoding(options)
         accepted = code.methods[method] if code else catalogue().pipelines[pipeline]
+        if control:
+            accepted = {name: spec for name, spec in accepted.items() if name != control.image}
         output = check_output(options, accepted, pipeline)
         sent = checks.rename_aliases(model_inputs, accepted)
         given = checks.check_inputs(sent, accepted, pipeline)
@@ -281,7 +320,7 @@ class Admission:
         return _Draft(
             options=options,
             model=model,
-            ref=self.model_ref(model, ref),
+            ref=msgspec.structs.replace(self.model_ref(model, ref), additions=tuple(one.addition for one in added)),
             requested=requested,
             pipeline=pipeline,
             scheduler=scheduler,
@@ -298,6 +337,8 @@ class Admission:
             prompt_syntax=prompt_syntax,
             method=method,
             code=code.code if code else None,
+            controls=control.pictures if control else [],
+            added=added,
         )
 
     def _complete(
@@ -331,6 +372,9 @@ class Admission:
                 meta[name] = str(place)
         if source.config and not source.config.startswith(("http:", "https:")):
             meta["CHECKPOINT_CONFIG_URL"] = source.config
+        if draft.added:
+            meta["controlnets"] = [one.again for one in draft.added]
+            meta["controlnet_versions"] = [one.model.revision for one in draft.added]
         if draft.model.source:
             meta["source"] = draft.model.source
             meta["source_version"] = ref.revision
@@ -388,20 +432,23 @@ class Admission:
 
     async def _pictures(self, draft: _Draft, model_inputs: dict[str, Any]) -> Pictures:
         given, is_url = draft.given, bool(draft.options.get("is_url"))
-        names = [name for name, spec in draft.accepted.items() if spec.is_picture and given.get(name) is not None]
+        sent = {name: given[name] for name, spec in draft.accepted.items() if spec.is_picture and name in given}
+        if draft.controls:
+            sent[controlnets.PICTURE] = draft.controls
 
-        async def one(name: str, value: str, number: str) -> Picture:
+        async def one(name: str, value: str, number: str = "") -> Picture:
             old = next((o for o, new in checks.ALIASES.items() if new == name and o in model_inputs), name)
             mode = "L" if name in checks.MASKS else "RGB"
             return await read_picture(value, f"modelInputs.{old}{number}", mode, is_url, self._settings)
 
-        async def every(name: str) -> Picture | list[Picture]:
-            value = given[name]
+        async def every(name: str, value: str | list[str]) -> Picture | list[Picture]:
             if isinstance(value, str):
-                return await one(name, value, "")
-            return await asyncio.gather(*(one(name, item, f"[{number}]") for number, item in enumerate(value)))
+                return await one(name, value)
+            numbers = [f"[{number}]" for number in range(len(value))] if len(value) > 1 else [""]
+            return await asyncio.gather(*(one(name, item, number) for item, number in zip(value, numbers, strict=True)))
 
-        return dict(zip(names, await asyncio.gather(*map(every, names)), strict=True))
+        found = await asyncio.gather(*(every(name, value) for name, value in sent.items()))
+        return dict(zip(sent, found, strict=True))
 
 
 def _told(scheduler: Scheduler) -> dict[str, Any]:
@@ -424,8 +471,9 @@ def _fill_size(draft: _Draft, pictures: Pictures) -> None:
     choose a size by their picture themselves.
     """
     given, accepted, model = draft.given, draft.accepted, draft.model
-    picture = next(each_picture({"image": pictures["image"]}), None) if "image" in pictures else None
-    if picture and (not accepted["image"].required or "Edit" in draft.pipeline):
+    name = "image" if "image" in pictures else controlnets.PICTURE if draft.controls else None
+    picture = next(each_picture({name: pictures[name]})) if name else None
+    if name == "image" and (not accepted["image"].required or "Edit" in draft.pipeline):
         return
     multiple = model.size_multiple
     for name, side in (("width", picture and picture.width), ("height", picture and picture.height)):

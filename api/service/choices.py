@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence
 from typing import Any
 
 from api.errors import ApiError
@@ -10,6 +10,7 @@ from api.models.community import METHODS, Community
 from api.models.description import InstalledModel
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, catalogue, nearest
 from api.service import inputs as checks
+from api.service.additions import Added
 from api.service.fitting import misfit, pipelines_of, unbuildable
 from api.service.output import choose_encoding
 from api.service.prompts import check_syntax
@@ -17,41 +18,36 @@ from api.service.schedulers import check_name
 
 
 def choose_pipeline(
-    options: dict[str, Any],
-    model_inputs: dict[str, Any],
-    model: InstalledModel,
-    default: str,
-    given: Set[str] = frozenset(),
+    options: dict[str, Any], model_inputs: dict[str, Any], model: InstalledModel, default: str
 ) -> tuple[str, str]:
-    """What to call the pipeline in ``$meta``, and its class.
+    """What to call the pipeline in ``$meta``, and its class; with ControlNets see ``controlnets``.
 
     Args:
         options: the checked ``callInputs``.
         model_inputs: as they were sent: a picture, or a mask, decides where nothing was asked for.
         model: what its configuration says of it.
         default: the server's pipeline.
-        given: components that the request brings, such as ``controlnet``.
 
     Raises:
         ApiError: NO_SUCH_PIPELINE, PIPELINE_NOT_SUPPORTED.
     """
     known, own = catalogue(), model.class_name
-    tasks = {task: name for task, name in known.tasks_of(own).items() if misfit(model, name, given) is None}
+    tasks = {task: name for task, name in known.tasks_of(own).items() if misfit(model, name) is None}
     named = options.get("PIPELINE")
     if (named or default) in ("ALL", "AutoPipelineForText2Image") and not (named and named != "ALL"):
         named = _by_content(model_inputs, tasks, own)
     named = named or default
     if named in AUTO and AUTO[named] in tasks:
         return named, tasks[AUTO[named]]
-    reason = misfit(model, named, given)
+    reason = misfit(model, named)
     if reason is None:
         return named, named
-    allowed = [*(auto for auto, task in AUTO.items() if task in tasks), *pipelines_of(model, given)]
+    allowed = [*(auto for auto, task in AUTO.items() if task in tasks), *pipelines_of(model)]
     if named not in AUTO and named not in known.pipeline_names:
         message = f"diffusers {known.diffusers} has no such pipeline.{nearest(named, allowed)}"
         raise ApiError("NO_SUCH_PIPELINE", message, field="callInputs.PIPELINE", requested=named, available=allowed)
     if named in AUTO:
-        reason = misfit(model, own, given) or "Its family has no pipeline for that."
+        reason = misfit(model, own) or "Its family has no pipeline for that."
     raise ApiError(
         "PIPELINE_NOT_SUPPORTED",
         f"{model.model_id} is a {own}; {named} cannot be built from it. {reason}",
@@ -80,12 +76,15 @@ def choose_method(options: dict[str, Any], pipeline: str, code: Community | None
     raise ApiError("INVALID_INPUTS", message, field=field, requested=named, available=methods)
 
 
-def check_community(model: InstalledModel, code: Community) -> None:
+def check_community(model: InstalledModel, code: Community, added: Sequence[Added] = ()) -> None:
     """Whether a community pipeline can be built from a model.
 
     Raises:
-        ApiError: PIPELINE_NOT_SUPPORTED.
+        ApiError: PIPELINE_NOT_SUPPORTED, NOT_SUPPORTED: something is to be added to the model.
     """
+    if added:
+        message = f"{code.name} is built from the model's own parts: leave this out, or take a pipeline of diffusers."
+        raise ApiError("NOT_SUPPORTED", message, field=added[0].wanted.field, requested=added[0].shown)
     if reason := unbuildable(model, code.build):
         message = f"{model.model_id} is a {model.class_name}; {code.name} cannot be built from it. {reason}"
         raise ApiError("PIPELINE_NOT_SUPPORTED", message, field="callInputs.PIPELINE", requested=code.name)

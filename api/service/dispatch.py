@@ -110,10 +110,11 @@ class Dispatcher:
         refs = [job.request.model for job in list(self._jobs.values())] + [load.model for load in list(self._warm)]
         # pinned ones are read again when a worker died; what is in memory otherwise may well leave the volume
         refs += [ref for worker in self.workers for ref in worker.pinned]
+        folders = [folder for ref in refs for folder in (ref.folder, *(part.folder for part in ref.additions))]
         requests = [job.request for job in list(self._jobs.values())]
         paths = [lora.path for request in requests for lora in request.loras]
         paths += [inversion.path for request in requests for inversion in request.inversions]
-        return {ref.folder.rpartition("/")[2] for ref in refs} | {path.split("/")[-2] for path in paths}
+        return {folder.rpartition("/")[2] for folder in folders} | {path.split("/")[-2] for path in paths}
 
     @property
     def wait(self) -> float:

@@ -301,7 +301,7 @@ class Fetcher:
                 fetch.check()
                 fetch.confirmed.set()
             else:
-                _soon(fetch.loop, fetch.described.set_result, describe(fetch.ref.model_id, folder, revision="-"))
+                _soon(fetch.loop, fetch.described.set_result, _described(fetch.ref, folder))
                 fetch.confirm()
 
         fetch.check()
@@ -375,6 +375,10 @@ class Fetcher:
 
 
 _NO_SOURCE = ("MODEL_NOT_FOUND", "SOURCE_UNREACHABLE")
+
+
+def _described(ref: SourceRef, folder: Path) -> InstalledModel:
+    return describe(ref.model_id, folder, revision="-", part=ref.part)
 
 
 def _is_ours(ref: SourceRef) -> bool:

@@ -29,14 +29,9 @@ _BESIDE = frozenset(
 """Pipelines that give the denoiser a picture beside the latents."""
 
 
-def pipelines_of(model: InstalledModel, given: Set[str] = frozenset()) -> list[str]:
-    """Every class that a model can be run as, its own first.
-
-    Args:
-        model: what its configuration says of it.
-        given: components that the request brings, such as ``controlnet``.
-    """
-    found = [name for name in catalogue().pipelines if misfit(model, name, given) is None]
+def pipelines_of(model: InstalledModel) -> list[str]:
+    """Every class that a model can be run as, its own first."""
+    found = [name for name in catalogue().pipelines if misfit(model, name) is None]
     return sorted(found, key=lambda name: (name != model.class_name, name))
 
 
@@ -46,7 +41,7 @@ def misfit(model: InstalledModel, name: str, given: Set[str] = frozenset()) -> s
     Args:
         model: what its configuration says of it.
         name: a pipeline class.
-        given: components that the request brings.
+        given: components that the request brings, such as ``controlnet``.
     """
     known = catalogue()
     if name in known.refused:
@@ -55,7 +50,10 @@ def misfit(model: InstalledModel, name: str, given: Set[str] = frozenset()) -> s
         return f"diffusers {known.diffusers} has no such pipeline."
     if name == model.class_name:
         return None
-    return unbuildable(model, known.builds[name], given) or _wrong_channels(model, name)
+    build = known.builds[name]
+    if name in known.controlnets and unbuildable(model, build, given) and not unbuildable(model, build, {"controlnet"}):
+        return "It needs ControlNets, which the request has to name: callInputs.controlnets."
+    return unbuildable(model, build, given) or _wrong_channels(model, name)
 
 
 def unbuildable(model: InstalledModel, build: Build, given: Set[str] = frozenset()) -> str | None:
@@ -69,7 +67,7 @@ def unbuildable(model: InstalledModel, build: Build, given: Set[str] = frozenset
     own = catalogue().builds.get(model.class_name, Build({}))
     lacking = [part for part in build.required if not _has(model, build, own, part) and part not in given]
     if lacking and set(lacking) <= set(build.needs):
-        return f"It needs a {lacking[0]}, which the request has to name."
+        return f"Its {lacking[0]} cannot be named in a request: it is run with models that were saved with one."
     if absent := [part for part in lacking if not model.parts.get(part)]:
         return f"It needs {', '.join(absent)}, which this model lacks."
     if lacking:

@@ -94,8 +94,8 @@ class Job:
         request = self.request
         pictures = {n: [p.sha256 for p in each_picture({n: found})] for n, found in request.pictures.items()}
         scheduler = request.scheduler, request.scheduler_args
-        parts = [request.model.key, request.pipeline, scheduler, request.inputs, pictures, request.attention]
-        parts += [request.loras, request.inversions]
+        adapters = request.loras, request.inversions
+        parts = [request.model.key, request.pipeline, scheduler, request.inputs, pictures, request.attention, adapters]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
     @property

@@ -19,6 +19,7 @@ from api.schema.prompts import SYNTAXES
 _LONGEST = 200
 _LONGEST_URL = 8192
 _MOST_STEPS = 10**6
+_MOST_CONTROLNETS = 8
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,6 +108,18 @@ def names(meaning: str, default: str, example: dict[str, Any], most: int = 64) -
     return Option(kind="object", meaning=meaning, default=default, example=example, check=check)
 
 
+def texts(meaning: str, example: Any, most: int) -> Option:
+    """An option that is a string, or a list of them; the server has it as a list."""
+
+    def check(value: Any, field: str, meaning: str) -> list[str] | None:
+        found = value if isinstance(value, list) else [value]
+        if len(found) > most or not all(isinstance(one, str) and 0 < len(one) <= _LONGEST_URL for one in found):
+            raise _invalid(field, f"Must be a string, or a list of at most {most}: {meaning}.", value)
+        return found or None
+
+    return Option(kind="string, or strings", meaning=meaning, default="none", example=example, check=check)
+
+
 def _preview(value: Any, field: str, meaning: str) -> int | None:
     """After how many steps, as ``GenerationRequest.preview``."""
     if isinstance(value, bool):
@@ -165,6 +178,10 @@ OPTIONS: dict[str, Option] = {
     "scheduler_args": names(
         "arguments of that class, over the settings that the model was saved with", "none",
         {"use_karras_sigmas": True, "timestep_spacing": "trailing"},
+    ),
+    "controlnets": texts(
+        "ControlNets, each with a picture in `modelInputs.control_image`: a repository, or a URL; see "
+        "[controlnets.md](controlnets.md)", ["lllyasviel/sd-controlnet-canny"], _MOST_CONTROLNETS,
     ),
     "safety_checker": flag("run the model's safety checker, where it has one", "`true`", False),
     "prompt_syntax": choice(

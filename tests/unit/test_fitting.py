@@ -48,7 +48,9 @@ def test_a_model_is_run_as_every_class_of_the_same_components() -> None:
         (SD, "StableDiffusionInstructPix2PixPipeline", "this model's denoiser takes none"),
         (SD, "StableDiffusionUpscalePipeline", "needs low_res_scheduler"),
         (SD, "StableDiffusionDepth2ImgPipeline", "needs depth_estimator"),
-        (SD, "StableDiffusionControlNetPipeline", "needs a controlnet, which the request has to name"),
+        (SD, "StableDiffusionControlNetPipeline", "has to name: callInputs.controlnets"),
+        (SD, "StableDiffusionControlNetXSPipeline", "saved with one"),
+        (SD, "StableDiffusionAdapterPipeline", "saved with one"),
         (
             saved_as("StableDiffusionInpaintPipeline", True, vae="AutoencoderKL"),
             "StableDiffusionPipeline",
@@ -72,6 +74,11 @@ def test_why_a_model_is_not_run_as_a_class(model: InstalledModel, name: str, why
 def test_what_a_request_brings_counts() -> None:
     assert misfit(SD, "StableDiffusionControlNetPipeline", {"controlnet"}) is None
     assert misfit(XL, "StableDiffusionControlNetPipeline", {"controlnet"}) is not None
+    for name, entry in catalogue().controlnets.items():
+        classes = {part: known[0] for part, known in catalogue().builds[name].required.items() if known}
+        classes.pop("controlnet")
+        assert misfit(saved_as(entry.plain, **classes), name, {"controlnet"}) is None, name
+        assert entry.image in catalogue().pipelines[name]
     own = saved_as("StableDiffusionControlNetPipeline")
     assert misfit(own, "StableDiffusionControlNetPipeline") is None
     assert misfit(own, "StableDiffusionPipeline") is None

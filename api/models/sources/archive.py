@@ -20,12 +20,13 @@ class ArchiveSource(Source):
 
     Args:
         remote: where it is.
+        part: what of a pipeline it holds; empty: all of it.
     """
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Remote, part: str = "") -> None:
         self._remote = remote
         self.is_known = remote.is_known
-        self.key = model_key(LocatedFiles(remote.location, remote.version))
+        self.key = model_key(LocatedFiles(remote.location, remote.version, part=part))
         self.origin, self.revision = str(remote.location), remote.version
         self.size = remote.size
         self.bytes = int((remote.size or 0) * _GROWS)

@@ -36,12 +36,12 @@ class HubSource(Source):
         self.is_known = True
         self._token = hub_token(settings) or None
         self._allow_pickle = settings.allow_pickle != "0"
-        plan = hub.resolve(ref.repo, ref.revision, ref.precision, self._token, settings.hf_endpoint or None)
+        plan = hub.resolve(ref.repo, ref.revision, ref.precision, self._token, settings.hf_endpoint or None, ref.part)
         self._plan = plan
         selection = plan.selection
         if selection.needs_conversion and not self._allow_pickle:
             raise pickle_not_allowed(ref.repo)
-        self.key = model_key(HubFiles(plan.repo, plan.commit, selection.variant))
+        self.key = model_key(HubFiles(plan.repo, plan.commit, selection.variant, ref.part))
         self.origin, self.revision, self.variant = plan.source, plan.commit, selection.variant
         self.size = plan.size
         self.bytes = plan.size * (2 if selection.needs_conversion else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,8 +16,9 @@ from api.models.http_client import Wanted
 from api.models.keys import LocatedFiles, model_key
 from api.models.manifest import FileEntry, OnProgress, list_files
 from api.models.partial_file import Fetched
+from api.models.parts import CONFIG
 from api.models.refs import SourceRef
-from api.models.select import PRECISION_FIELD, Selection, select_files
+from api.models.select import MODEL_INDEX, PRECISION_FIELD, Selection, select_files, select_part
 from api.models.sources.hub import pickle_not_allowed
 from api.models.sources.remote import access_to, policy_of
 from api.models.sources.source import Got, Source
@@ -43,11 +45,12 @@ class S3FolderSource(Source):
         chosen: list[Selection] = []
 
         def select(names: list[str], index: bytes) -> tuple[str, ...]:
-            chosen.append(_select(names, _decoded(index), ref.precision))
+            chosen.append(_select(names, _decoded(index), ref.precision, ref.part))
             return chosen[0].files
 
         self.is_known = location.endpoint_is_default
-        self._plan = s3.resolve(location, access, select=select)
+        marker = posixpath.normpath(f"{ref.part}/{CONFIG}") if ref.part else MODEL_INDEX
+        self._plan = s3.resolve(location, access, select=select, marker=marker)
         self._urls = s3.urls(self._plan, access)
         self._policy = policy_of(location, settings, ref.trusted)
         self._selection = chosen[0]
@@ -55,7 +58,7 @@ class S3FolderSource(Source):
         if self._selection.needs_conversion and not self._allow_pickle:
             raise pickle_not_allowed(str(location))
         self.variant = self._selection.variant
-        self.key = model_key(LocatedFiles(location, self._plan.revision, self.variant))
+        self.key = model_key(LocatedFiles(location, self._plan.revision, self.variant, part=ref.part))
         self.origin, self.revision = str(location), self._plan.revision
         self.size = self._plan.bytes
         self.bytes = self._plan.bytes * (2 if self._selection.needs_conversion else 1)
@@ -80,14 +83,18 @@ class S3FolderSource(Source):
         return download_many(wanted, folder, connections=_CONNECTIONS, on_progress=on_progress, policy=self._policy)
 
 
-def _select(names: list[str], index: dict[str, Any], precision: str) -> Selection:
+def _select(names: list[str], index: dict[str, Any], precision: str, part: str) -> Selection:
     """As ``select_files``; a folder with weights of one variant alone is taken for what it is."""
+
+    def select(precision: str) -> Selection:
+        return select_part(names, part, precision) if part else select_files(names, index, precision)
+
     try:
-        return select_files(names, index, precision)
+        return select(precision)
     except ApiError as error:
         if error.field != PRECISION_FIELD or not error.available:
             raise
-        return select_files(names, index, error.available[0])
+        return select(error.available[0])
 
 
 def _decoded(index: bytes) -> dict[str, Any]:
