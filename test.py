@@ -175,6 +175,22 @@ def controlnet() -> Json:
     }
 
 
+@example("ip-adapter", needs="models of the hub")
+def ip_adapter() -> Json:
+    """A picture that is like another one."""
+    inputs = {
+        "prompt": "a painting",
+        "ip_adapter_image": picture("green-circle-left.png"),
+        "num_inference_steps": 20,
+        "seed": 9,
+    }
+    model, adapter = "stable-diffusion-v1-5/stable-diffusion-v1-5", "h94/IP-Adapter/models/ip-adapter_sd15.safetensors"
+    return {
+        "modelInputs": inputs,
+        "callInputs": {"MODEL_ID": model, "ip_adapters": f"{adapter}#scale=0.6", "MODEL_PRECISION": "fp16"},
+    }
+
+
 def send(url: str, body: Json, headers: dict[str, str] | None = None) -> tuple[int, Json]:
     """POST (or GET, without a body) JSON; returns the status and the answer, whatever the status is."""
     data = json.dumps(body).encode() if body else None

@@ -12,6 +12,8 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from api.schema.generation import Picture
 from tests.running import as_base64
@@ -58,6 +60,68 @@ def save_controlnet(folder: Path, model: Path, seed: int = 0, *, union: bool = F
         net = diffusers.SD3ControlNetModel(**_shared(diffusers.SD3ControlNetModel, sd3), extra_conditioning_channels=0)
     telling(net, seed).save_pretrained(folder, **more)
     return folder
+
+
+def save_image_encoder(folder: Path, seed: int = 0, projection: int = 24) -> Path:
+    """A CLIP that looks at pictures of 32 x 32."""
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=3, image_size=32, patch_size=8,
+        projection_dim=projection,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+def save_ip_adapter(file: Path, model: Path, seed: int = 0, *, plus: bool = False) -> Path:
+    """An IP-Adapter for a model's UNet, for the encoder of ``save_image_encoder``.
+
+    Args:
+        file: where to.
+        model: folder of the model.
+        seed: of its weights.
+        plus: one that takes the encoder's hidden states.
+    """
+    unet = diffusers.UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    tokens = unet.config.cross_attention_dim
+    torch.manual_seed(seed)
+    weights = {
+        "image_proj.proj.weight": torch.randn(4 * tokens, 24), "image_proj.proj.bias": torch.randn(4 * tokens),
+        "image_proj.norm.weight": torch.ones(tokens), "image_proj.norm.bias": torch.randn(tokens),
+    }  # fmt: skip
+    if plus:
+        weights = {f"image_proj.{name}": value for name, value in _resampler(tokens).items()}
+    cross = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for number, name in enumerate(cross):
+        width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        for which in ("k", "v"):
+            weights[f"ip_adapter.{2 * number + 1}.to_{which}_ip.weight"] = torch.randn(width, tokens) * 0.5
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, file)
+    return file
+
+
+def _resampler(tokens: int) -> dict[str, torch.Tensor]:
+    """As the original code names it: four layers, with a head of 64."""
+    inner, wide = 64, 32
+
+    def norm(name: str, size: int) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": torch.ones(size), f"{name}.bias": torch.randn(size)}
+
+    found = {
+        "latents": torch.randn(1, 4, wide),
+        "proj_in.weight": torch.randn(wide, 32), "proj_in.bias": torch.randn(wide),
+        "proj_out.weight": torch.randn(tokens, wide), "proj_out.bias": torch.randn(tokens),
+        **norm("norm_out", tokens),
+    }  # fmt: skip
+    for layer in (f"layers.{number}" for number in range(4)):
+        found |= {
+            **norm(f"{layer}.0.norm1", wide), **norm(f"{layer}.0.norm2", wide), **norm(f"{layer}.1.0", wide),
+            f"{layer}.0.to_q.weight": torch.randn(inner, wide), f"{layer}.0.to_kv.weight": torch.randn(2 * inner, wide),
+            f"{layer}.0.to_out.weight": torch.randn(wide, inner), f"{layer}.1.1.weight": torch.randn(4 * wide, wide),
+            f"{layer}.1.3.weight": torch.randn(wide, 4 * wide),
+        }  # fmt: skip
+    return found
 
 
 def _shared(cls: Any, denoiser: Any) -> dict[str, Any]:

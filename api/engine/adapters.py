@@ -81,7 +81,7 @@ class Adapters:
 
         Args:
             model: that the components are of; it keeps what is made for it.
-            components: with the attention and the placement that the job uses. They are not changed.
+            components: with the attention, the placement and the IP-Adapters of the job. They are not changed.
             attention: its name.
             request: names the adapters.
 
@@ -96,6 +96,7 @@ class Adapters:
             request.pipeline,
             [(lora.sha256, scale) for lora, scale in loras],
             [(inversion.sha256, inversion.token) for inversion in request.inversions],
+            looking(request),
         ]
         name = f"adapters/{attention}/{_digest(what)}"
         own = model.variants.get(name)
@@ -142,7 +143,9 @@ class Adapters:
         for name in sorted(changed):
             mine = [(lora.layers[name], which.sha256, scale) for lora, which, scale in loaded if name in lora.layers]
             words = [(i.sha256, i.token) for i in request.inversions] if name in vectors else []
-            key = (id(model), attention, name, tuple((sha256, scale) for _, sha256, scale in mine), tuple(words))
+            scales = tuple((sha256, scale) for _, sha256, scale in mine)
+            base = looking(request) if name == "unet" else ()
+            key = (id(model), attention, name, base, scales, tuple(words))
             module = self._modules.get(key)
             if module is None:
                 module = self._changed(components, name, [(a, c) for a, _, c in mine], vectors)
@@ -191,6 +194,11 @@ class Adapters:
             table = own.get_input_embeddings().weight
             put_rows(own, first, rows.to(self._device, table.dtype))
         return own
+
+
+def looking(request: GenerationRequest) -> tuple[tuple[str, str, float], ...]:
+    """What the UNet looks at pictures through: with IP-Adapters it is another one, which is cloned."""
+    return tuple((adapter.file, adapter.revision, adapter.scale) for adapter in request.ip_adapters)
 
 
 def attention_scale(inputs: dict[str, Any]) -> float:

@@ -26,6 +26,7 @@ from api.engine.device import Device, is_fatal
 from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
 from api.engine.extras import Extras
+from api.engine.ip_adapters import ip_arguments, with_ip_adapters
 from api.engine.line import Line, out_of_memory
 from api.engine.loader import LoadedModel, PartLoader
 from api.engine.offload import held_as
@@ -267,7 +268,7 @@ class Engine:
         request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview
         with self.executor.job(ticket), torch.no_grad():
             parts, used = components_with(model, request.attention)
-            parts = placed(model, parts, used, placement)
+            parts = with_ip_adapters(placed(model, parts, used, placement), request.ip_adapters)
             parts, told = self.adapters.applied(model, parts, used, request)
             generator = make_generators(request.seed)
             seed, known = first_seed(request.seed), self.embeddings
@@ -295,7 +296,7 @@ class Engine:
                     previews.after(step + 1, total, tensors.get("latents"))
                 return {}
 
-            pictures = picture_arguments(pipe, request, to_pil(request.pictures))
+            pictures = ip_arguments(request, picture_arguments(pipe, request, to_pil(request.pictures)))
             # a copy: some pipelines write to lists that they are given, and a job may run again
             arguments = {**copy.deepcopy(without_scale(request.inputs)), **pictures}
             try:

@@ -81,6 +81,7 @@ class Catalogue(msgspec.Struct, frozen=True):
         builds: the same, to what it is built from.
         refused: class of each pipeline that cannot be run, to a sentence that says why.
         controlnets: class of each pipeline that takes ControlNets which a request names, to what it is.
+        ip_adapters: class of each pipeline that takes IP-Adapters.
     """
 
     diffusers: str
@@ -89,6 +90,7 @@ class Catalogue(msgspec.Struct, frozen=True):
     builds: dict[str, Build]
     refused: dict[str, str]
     controlnets: dict[str, WithControlNet]
+    ip_adapters: list[str]
 
     @property
     def pipeline_names(self) -> list[str]:

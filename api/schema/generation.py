@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 WEIGHTS = ("full", "model", "sequential")
 """Where weights are: on the device; in the host's memory, with one part, or one block, at a time on the device."""
@@ -56,6 +59,30 @@ class ModelRef(msgspec.Struct, frozen=True):
         """Two refs with the same key mean the same weights in the same precision."""
         added = (f"+{part.name}={part.folder}/{part.part}@{part.revision}" for part in self.additions)
         return "".join((f"{self.folder}@{self.revision}:{self.precision}", *added))
+
+
+class IpAdapter(msgspec.Struct, frozen=True):
+    """Weights that let a denoiser look at pictures.
+
+    Attributes:
+        file: absolute path, a ``.safetensors``.
+        folder: absolute path of what it was installed as.
+        revision: as ``ModelRef.revision``.
+        scale: how much it is heard.
+        pictures: how many of ``ip_adapter_image`` are its; those of the next one follow.
+    """
+
+    file: str
+    folder: str
+    revision: str
+    scale: float
+    pictures: int = 1
+
+
+def for_each(adapters: Sequence[IpAdapter], pictures: Iterable[T]) -> list[list[T]]:
+    """The pictures of IP-Adapters, a list for each adapter."""
+    rest = iter(pictures)
+    return [list(itertools.islice(rest, adapter.pictures)) for adapter in adapters]
 
 
 class Picture(msgspec.Struct, frozen=True):
@@ -156,6 +183,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         safety_required: images that no safety checker has seen are not given out.
         method: of the pipeline that generates; the pipeline itself is called unless the request says otherwise.
         code: where the pipeline's class is, when it is not one of diffusers' own.
+        ip_adapters: what the denoiser looks at pictures through; their pictures are ``ip_adapter_image``, a list.
     """
 
     id: str
@@ -185,6 +213,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     safety_required: bool = False
     method: str = "__call__"
     code: Code | None = None
+    ip_adapters: tuple[IpAdapter, ...] = ()
 
 
 class GenerationResult(msgspec.Struct):

@@ -21,9 +21,19 @@ from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef, read_ref
 from api.schema.catalogue import Input, catalogue
-from api.schema.generation import WEIGHTS, Code, GenerationRequest, ModelRef, Picture, Pictures, each_picture
+from api.schema.generation import (
+    WEIGHTS,
+    Code,
+    GenerationRequest,
+    IpAdapter,
+    ModelRef,
+    Picture,
+    Pictures,
+    each_picture,
+    for_each,
+)
 from api.schema.transfers import Transfer
-from api.service import controlnets
+from api.service import controlnets, ip_adapters
 from api.service import inputs as checks
 from api.service.adapters import Adapters, Chosen
 from api.service.additions import Added, Additions
@@ -82,6 +92,7 @@ class _Draft:
     code: Code | None
     controls: list[str]
     added: Sequence[Added]
+    adapted: ip_adapters.Adapted | None
 
 
 class Admission:
@@ -145,7 +156,7 @@ class Admission:
             raise ApiError("INVALID_INPUTS", message, field="callInputs.preview")
         ref = self.source_ref(options)
         self._adapters.check(options)
-        wanted = self._additions.read(options, ref)
+        wanted = self._additions.read(options, ref) + ip_adapters.read(options, self._settings, ref)
         pictures: Pictures = {}
         added: list[Added] = []
 
@@ -198,7 +209,7 @@ class Admission:
             if not self._fetcher.is_local(ref):
                 return
             model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
-        added = await self._additions.find(self._additions.read(options, ref))
+        added = await self._added(options, ref)
         if added is None:
             check_early(options, model_inputs, code)
         elif options.get("is_url"):
@@ -227,12 +238,17 @@ class Admission:
             if not self._fetcher.is_local(ref):
                 return ref, None
             model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
-        added = await self._additions.find(self._additions.read(options, ref))
+        added = await self._added(options, ref)
         if added is None:
             check_early(options, model_inputs, code)
             return ref, None
         draft = await self._checked(model, options, model_inputs, ref, pictures, code, added)
         return ref, self._complete("", draft, pictures, ref)
+
+    async def _added(self, options: dict[str, Any], ref: SourceRef) -> list[Added] | None:
+        """What the request adds to its model, if all of it is here."""
+        wanted = self._additions.read(options, ref) + ip_adapters.read(options, self._settings, ref)
+        return await self._additions.find(wanted)
 
     async def _checked(
         self,
@@ -287,12 +303,12 @@ class Admission:
         added: Sequence[Added],
     ) -> _Draft:
         """Everything that can be said once the model's configuration is at hand, and those of what is added to it."""
-        control = None
+        control, nets = None, [one for one in added if one.wanted.name.startswith("controlnet")]
         if code:
             check_community(model, code, added)
             requested, pipeline = code.name, code.code.class_name
-        elif added:
-            control = controlnets.control(options, model_inputs, model, added)
+        elif nets:
+            control = controlnets.control(options, model_inputs, model, nets)
             requested, pipeline, model_inputs = control.requested, control.pipeline, control.inputs
         else:
             requested, pipeline = choose_pipeline(options, model_inputs, model, self._settings.pipeline)
@@ -300,6 +316,9 @@ class Admission:
         scheduler = choose_scheduler(options, model, self._settings.scheduler)
         safety_checker = choose_safety(options, model, self._settings.safety_checker)
         encoding = choose_encoding(options)
+        adapted = ip_adapters.check(model_inputs, model, pipeline, added)
+        if adapted:
+            model_inputs = adapted.inputs
         accepted = code.methods[method] if code else catalogue().pipelines[pipeline]
         if control:
             accepted = {name: spec for name, spec in accepted.items() if name != control.image}
@@ -317,10 +336,11 @@ class Admission:
         callback_steps = sent.get("callback_steps")
         if callback_steps is not None and (not isinstance(callback_steps, int) or callback_steps < 1):
             raise ApiError("INVALID_INPUTS", "Must be a whole number, at least 1.", field="modelInputs.callback_steps")
+        additions = tuple(one.addition for one in added if one in nets or one.wanted.name == ip_adapters.ENCODER)
         return _Draft(
             options=options,
             model=model,
-            ref=msgspec.structs.replace(self.model_ref(model, ref), additions=tuple(one.addition for one in added)),
+            ref=msgspec.structs.replace(self.model_ref(model, ref), additions=additions),
             requested=requested,
             pipeline=pipeline,
             scheduler=scheduler,
@@ -339,6 +359,7 @@ class Admission:
             code=code.code if code else None,
             controls=control.pictures if control else [],
             added=added,
+            adapted=adapted,
         )
 
     def _complete(
@@ -351,7 +372,8 @@ class Admission:
     ) -> GenerationRequest:
         options, given, ref, seed = draft.options, draft.given, draft.ref, draft.seed
         plain = {name: value for name, value in given.items() if not draft.accepted[name].is_picture}
-        repeat = {**plain, "seed": seed, **{name: _named(found) for name, found in pictures.items()}}
+        looking = draft.adapted.adapters if draft.adapted else ()
+        repeat = {**plain, "seed": seed, **_named(pictures, looking)}
         meta = {
             "MODEL_ID": ref.model_id,
             # what lies at a URL has no revision that could be asked for; source_version says what it was
@@ -372,9 +394,7 @@ class Admission:
                 meta[name] = str(place)
         if source.config and not source.config.startswith(("http:", "https:")):
             meta["CHECKPOINT_CONFIG_URL"] = source.config
-        if draft.added:
-            meta["controlnets"] = [one.again for one in draft.added]
-            meta["controlnet_versions"] = [one.model.revision for one in draft.added]
+        meta |= controlnets.again(draft.added) | ip_adapters.again(draft.added)
         if draft.model.source:
             meta["source"] = draft.model.source
             meta["source_version"] = ref.revision
@@ -420,6 +440,7 @@ class Admission:
             output=draft.output,
             method=draft.method,
             code=draft.code,
+            ip_adapters=looking,
         )
 
     def _offload(self, options: dict[str, Any], low_vram: bool) -> str:
@@ -435,6 +456,8 @@ class Admission:
         sent = {name: given[name] for name, spec in draft.accepted.items() if spec.is_picture and name in given}
         if draft.controls:
             sent[controlnets.PICTURE] = draft.controls
+        if draft.adapted:
+            sent[ip_adapters.PICTURE] = draft.adapted.pictures
 
         async def one(name: str, value: str, number: str = "") -> Picture:
             old = next((o for o, new in checks.ALIASES.items() if new == name and o in model_inputs), name)
@@ -444,7 +467,8 @@ class Admission:
         async def every(name: str, value: str | list[str]) -> Picture | list[Picture]:
             if isinstance(value, str):
                 return await one(name, value)
-            numbers = [f"[{number}]" for number in range(len(value))] if len(value) > 1 else [""]
+            told = len(value) > 1 and name != ip_adapters.PICTURE  # which may have been sent as lists in a list
+            numbers = [f"[{number}]" if told else "" for number in range(len(value))]
             return await asyncio.gather(*(one(name, item, number) for item, number in zip(value, numbers, strict=True)))
 
         found = await asyncio.gather(*(every(name, value) for name, value in sent.items()))
@@ -457,11 +481,15 @@ def _told(scheduler: Scheduler) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value}
 
 
-def _named(found: Picture | list[Picture]) -> str | list[str]:
+def _named(pictures: Pictures, looking: Sequence[IpAdapter]) -> dict[str, Any]:
     """Pictures as ``$meta`` tells them."""
-    if isinstance(found, Picture):
-        return f"sha256:{found.sha256}"
-    return [f"sha256:{picture.sha256}" for picture in found]
+    named: dict[str, Any] = {}
+    for name, found in pictures.items():
+        each = [f"sha256:{picture.sha256}" for picture in each_picture({name: found})]
+        named[name] = each if isinstance(found, list) else each[0]
+    if len(looking) > 1:
+        named[ip_adapters.PICTURE] = for_each(looking, named[ip_adapters.PICTURE])
+    return named
 
 
 def _fill_size(draft: _Draft, pictures: Pictures) -> None:

@@ -127,6 +127,7 @@ def check_early(options: dict[str, Any], model_inputs: dict[str, Any], code: Com
     names = {name for accepted in known.pipelines.values() for name in accepted}
     if code:
         names = set(code.methods[choose_method(options, code.name, code)])
+    names |= {"ip_adapter_image"} if options.get("ip_adapters") else set()
     for name in model_inputs:
         if name not in names and name not in checks.ALIASES and name not in checks.OURS:
             who = f"{code.name} has no" if code else "No pipeline has"

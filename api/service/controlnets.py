@@ -73,6 +73,17 @@ def check_is_controlnet(added: Sequence[Added]) -> None:
             raise ApiError("INVALID_INPUTS", message, field=one.wanted.field, requested=one.shown, available=known)
 
 
+def again(added: Sequence[Added]) -> dict[str, Any]:
+    """What ``$meta`` says of them: names that mean the same versions."""
+    nets = [one for one in added if one.wanted.name.startswith("controlnet")]
+    if not nets:
+        return {}
+    return {
+        "controlnets": [one.again for one in nets],
+        "controlnet_versions": [one.model.revision for one in nets],
+    }
+
+
 def _fitting(model: InstalledModel, nets: Sequence[Added]) -> dict[str, WithControlNet]:
     """The pipelines that can be built from a model and these ControlNets."""
     known = catalogue().controlnets.items()

@@ -112,6 +112,7 @@ class Dispatcher:
         refs += [ref for worker in self.workers for ref in worker.pinned]
         folders = [folder for ref in refs for folder in (ref.folder, *(part.folder for part in ref.additions))]
         requests = [job.request for job in list(self._jobs.values())]
+        folders += [adapter.folder for request in requests for adapter in request.ip_adapters]
         paths = [lora.path for request in requests for lora in request.loras]
         paths += [inversion.path for request in requests for inversion in request.inversions]
         return {folder.rpartition("/")[2] for folder in folders} | {path.split("/")[-2] for path in paths}

@@ -94,7 +94,7 @@ class Job:
         request = self.request
         pictures = {n: [p.sha256 for p in each_picture({n: found})] for n, found in request.pictures.items()}
         scheduler = request.scheduler, request.scheduler_args
-        adapters = request.loras, request.inversions
+        adapters = request.loras, request.inversions, request.ip_adapters
         parts = [request.model.key, request.pipeline, scheduler, request.inputs, pictures, request.attention, adapters]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 

@@ -20,6 +20,7 @@ _LONGEST = 200
 _LONGEST_URL = 8192
 _MOST_STEPS = 10**6
 _MOST_CONTROLNETS = 8
+_MOST_IP_ADAPTERS = 4
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,6 +183,11 @@ OPTIONS: dict[str, Option] = {
     "controlnets": texts(
         "ControlNets, each with a picture in `modelInputs.control_image`: a repository, or a URL; see "
         "[controlnets.md](controlnets.md)", ["lllyasviel/sd-controlnet-canny"], _MOST_CONTROLNETS,
+    ),
+    "ip_adapters": texts(
+        "IP-Adapters, each with a picture in `modelInputs.ip_adapter_image`: a file in a repository, or a URL; "
+        "`#scale=`, `#encoder=`; see [controlnets.md](controlnets.md#ip-adapters)",
+        ["h94/IP-Adapter/models/ip-adapter_sd15.safetensors#scale=0.6"], _MOST_IP_ADAPTERS,
     ),
     "safety_checker": flag("run the model's safety checker, where it has one", "`true`", False),
     "prompt_syntax": choice(
