@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ class Entry(msgspec.Struct, frozen=True):
     last_used: float | None
     whole: bool
 
+    @property
+    def title(self) -> str:
+        """Its name, and what of it is here where that is not all."""
+        part = self.manifest.part if self.manifest else ""
+        return posixpath.normpath(f"{self.model_id or '?'}/{part or '.'}")
+
     def as_data(self) -> dict[str, Any]:
         """For programs; names as in ``GET /models``."""
         manifest = self.manifest
@@ -54,6 +61,7 @@ class Entry(msgspec.Struct, frozen=True):
             "MODEL_ID": self.model_id or None,
             "MODEL_REVISION": manifest.revision if manifest else None,
             "variant": manifest.variant if manifest else None,
+            "part": (manifest.part or None) if manifest else None,
             "bytes": self.bytes,
             "last_used": used,
             "installed": manifest.installed if manifest else None,

@@ -33,7 +33,7 @@ def list_models(settings: Settings, args: argparse.Namespace) -> int:
         source = manifest.source if manifest else entry.folder.as_posix()
         rows.append(
             (
-                entry.model_id or "?",
+                entry.title,
                 (short(manifest.revision)[:12] if manifest else "") or "-",
                 (manifest.variant if manifest else "") or "-",
                 amount(entry.bytes),
@@ -73,8 +73,12 @@ def show(settings: Settings, args: argparse.Namespace) -> int:
             ("verified", verified),
         ]
     try:
-        model = describe(entry.model_id or "?", entry.folder, revision="-")
-        lines += [("pipeline", model.class_name), ("components", ", ".join(sorted(model.components)))]
+        part = manifest.part if manifest else ""
+        model = describe(entry.model_id or "?", entry.folder, revision="-", part=part)
+        if part:
+            lines += [("part", part), ("class", model.class_name or "-")]
+        else:
+            lines += [("pipeline", model.class_name), ("components", ", ".join(sorted(model.components)))]
     except ApiError as error:
         lines.append(("pipeline", error.message))
     lines.append(("whole", "yes" if entry.whole else "NO: a file is missing, or has another size"))

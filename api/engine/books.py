@@ -100,6 +100,8 @@ class Model:
         leases: of running jobs, and of those that load it.
         pin: the tier that it is not evicted from, ``device`` or ``host``.
         leaving: where it goes when its last lease ends, or what is being read of it is there: ``host`` or ``disk``.
+        left: where it was sent, and nobody has wanted it since: others may have all of its parts where they were, and
+            it needs none of them there.
     """
 
     parts: tuple[str, ...]
@@ -109,6 +111,7 @@ class Model:
     pin: str | None = None
     used: float = 0.0
     leaving: str | None = None
+    left: str | None = None
 
 
 @dataclass(eq=False)

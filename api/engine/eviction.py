@@ -102,9 +102,12 @@ def of_model(books: Books, model: str, to: str) -> Leaving:
         model: that leaves.
         to: ``host``: the device only; ``disk``: the host's memory as well.
     """
-    off_device = _exclusive(
-        books, model, lambda key: books.models[key].pin == "device" or books.is_resident(key), books.of
-    )
+
+    def needs_device(key: str) -> bool:
+        other = books.models[key]
+        return other.pin == "device" or (other.left is None and books.is_resident(key))
+
+    off_device = _exclusive(books, model, needs_device, books.of)
     off_device = [part for part in off_device if part.device is State.HELD]
     if to != "disk":
         return Leaving(off_device)
@@ -112,7 +115,8 @@ def of_model(books: Books, model: str, to: str) -> Leaving:
 
     def needs(key: str) -> bool:
         other = books.models[key]
-        return other.pin is not None or (full not in (key, other.full) and books.is_warm(key))
+        wanted = other.left != "disk" and full not in (key, other.full)
+        return other.pin is not None or (wanted and books.is_warm(key))
 
     off_host = _exclusive(books, model, needs, books.weights)
     stays = (State.HELD, State.COMING) if books.shared else (State.COMING,)

@@ -142,7 +142,8 @@ class Tiers:
             full: of an offloaded model: the key of the same one held as it is.
         """
         with self.lock:
-            if model in self._books.models:
+            if known := self._books.models.get(model):
+                known.left = None
                 return
             keys, below = (tuple(dict.fromkeys(piece.key for piece in some)) for some in (pieces, in_host))
             self._books.models[model] = Model(keys, below, full)
@@ -352,6 +353,7 @@ class Tiers:
                 return Moves()
             if to == "disk" and any(part.host is State.COMING for part in self._books.weights(model)):
                 known.leaving = to
+            known.left = "disk" if "disk" in (to, known.left) else to
             moves = self._forget(eviction.of_model(self._books, model, to))
             self._settled()
             return moves
@@ -394,6 +396,7 @@ class Tiers:
         known = self._books.models[model]
         if not known.leases:  # it is wanted again
             known.leaving = None
+        known.left = None
         known.leases += 1
         self._touch(model)
 

@@ -102,8 +102,9 @@ def _on_disk(service: Service, model: InstalledModel, residence: dict[str, Any])
         "key": model.key or None,
         "source": model.source or None,
         "bytes": {"disk": model.bytes, **residence["bytes"]},
-        "class": model.class_name,
-        "scheduler": model.scheduler,
+        "class": model.class_name or None,
+        "part": model.part or None,
+        "scheduler": model.scheduler or None,
         "pipelines": pipelines_of(model),
         "default": model.model_id == service.settings.model_id,
     }
@@ -111,7 +112,7 @@ def _on_disk(service: Service, model: InstalledModel, residence: dict[str, Any])
 
 def _gone(residence: dict[str, Any]) -> dict[str, object]:
     """Of files that were removed or replaced nothing is known but what they are in memory."""
-    unknown = dict.fromkeys(("key", "source", "class", "scheduler"))
+    unknown = dict.fromkeys(("key", "source", "class", "part", "scheduler"))
     return {
         "installed": False,
         **unknown,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from api.errors import ApiError
 from api.models.description import InstalledModel
@@ -18,18 +20,40 @@ from api.service.workers import Worker
 if TYPE_CHECKING:
     from api.service.service import Service
 
+_BEST_FIRST = ("device", "host", "disk")
 TIERS = ("device", "host")
 """Where a model can be loaded to; the fastest one first."""
 
 
 def held(workers: list[Worker], means: Callable[[ModelRef], bool]) -> list[Held]:
-    """A model in the memory of every worker.
+    """A model in the memory of every worker, with and without what requests add to it as one.
 
     Args:
         workers: to look at.
         means: whether it is that model.
     """
-    return [model for worker in workers for model in worker.models.values() if means(model.ref)]
+    return [model for worker in workers for model in _as_one(worker.models.values()) if means(model.ref)]
+
+
+def _as_one(models: Iterable[Held]) -> list[Held]:
+    """Models in a worker's memory; what is shared by one with and one without additions is counted once."""
+    found: dict[str, Held] = {}
+    for one in models:
+        ref = msgspec.structs.replace(one.ref, additions=())
+        other = found.get(ref.key)
+        if other is None:
+            found[ref.key] = msgspec.structs.replace(one, ref=ref)
+            continue
+        found[ref.key] = Held(
+            ref,
+            min(one.tier, other.tier, key=_BEST_FIRST.index),
+            max(one.device, other.device),
+            max(one.host, other.host),
+            one.leases + other.leases,
+            one.pin or other.pin,
+            max(one.used, other.used),
+        )
+    return list(found.values())
 
 
 async def not_listed(service: Service, listed: list[InstalledModel]) -> list[ModelRef | InstalledModel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +53,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     save_controlnet(made / "empty", base, 6)
     (made / "empty" / "diffusion_pytorch_model.safetensors").unlink()
     save_controlnet(models_dir / "nets--local", base, 2)
-    folders = {name: made / name for name in ("canny", "depth", "many", "xl", "flux", "empty")}
+    save_controlnet(made / "union", models_dir / "tiny--xl", 7, union=True)
+    save_controlnet(made / "pickled", base, 2, safe_serialization=False)
+    folders = {name: made / name for name in ("canny", "depth", "many", "xl", "flux", "empty", "union", "pickled")}
     repos = {f"nets/{name}": {"main": folder} for name, folder in folders.items()}
     repos["nets/unet"] = {"main": base / "unet"}
     repos["nets/whole"] = {"main": base}
@@ -142,6 +145,50 @@ def test_several_and_over_a_picture(world: World) -> None:
     image, _ = draw(world, ["nets/depth"], {"control_image": None, "image": as_sent(control_picture(1))},
                     PIPELINE="StableDiffusionControlNetPipeline")  # fmt: skip
     assert is_same(image, plain(world, nets[1:], [1]))
+
+
+def test_one_that_knows_several_kinds_of_pictures(world: World) -> None:
+    sent = {"control_image": [as_sent(control_picture(n)) for n in (1, 2)], "width": SIZE, "height": SIZE}
+    call = {"MODEL_ID": "tiny/xl"}
+    image, answer = draw(world, "nets/union", {**sent, "control_mode": [1, 0]}, **call)
+    assert answer["$meta"]["pipeline"] == "StableDiffusionXLControlNetUnionPipeline"
+    one, _ = draw(world, "nets/union", {**sent, "control_image": sent["control_image"][0], "control_mode": 1}, **call)
+    assert not is_same(image, one)
+    for modes, code in (({}, "MISSING_INPUT"), ({"control_mode": [1]}, "INVALID_INPUTS")):
+        answered = world.server.post(INPUTS | sent | modes, {"controlnets": "nets/union", **call})
+        assert "control_mode" in refused(answered, code)["message"] + str(answered.json())
+    mixed = world.server.post(INPUTS | sent, {"controlnets": ["nets/union", "nets/xl"], **call})
+    assert "different kinds" in refused(mixed, "INVALID_INPUTS")["message"]
+
+
+def test_as_a_job_for_later(world: World) -> None:
+    inputs = INPUTS | {"control_image": as_sent(control_picture(1))}
+    asked = world.server.post(inputs, {**CALL, "controlnets": "nets/canny", "async": True})
+    assert asked.status_code == 202, asked.text
+    path = f"/jobs/{asked.json()['id']}"
+    while (job := world.server.client.get(path).json())["state"] not in ("COMPLETED", "FAILED"):
+        time.sleep(0.1)
+    assert job["state"] == "COMPLETED", job
+    image = images_of(job["result"])[0].astype(int)
+    assert is_same(image, draw(world, "nets/canny")[0]), job
+    wrong = world.server.post(INPUTS, {**CALL, "controlnets": "nets/canny", "async": True})
+    assert refused(wrong, "MISSING_INPUT")["field"] == "modelInputs.control_image"
+
+
+def test_what_is_in_memory_is_told_once(world: World) -> None:
+    draw_plainly(world)
+    draw(world, "nets/canny")
+    models = {model["MODEL_ID"]: model for model in world.server.client.get("/models").json()["models"]}
+    assert models["nets/canny"]["part"] == "." and models["nets/canny"]["class"] == "ControlNetModel"
+    base = sum(f.stat().st_size for f in (world.models_dir / "tiny--sd").rglob("*.safetensors"))
+    net = (world.made / "canny" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert base < models["tiny/sd"]["bytes"]["device"] < base + 3 * net
+    left = world.server.client.post("/models/unload", json={"MODEL_ID": "tiny/sd"}).json()
+    assert left["bytes"] == {"host": 0, "device": 0}, left
+
+
+def test_weights_that_are_pickles_are_converted(world: World) -> None:
+    assert is_same(draw(world, "nets/pickled")[0], plain(world, [world.made / "depth"], [1]))
 
 
 def test_side_by_side(world: World) -> None:

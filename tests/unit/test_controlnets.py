@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine
 from api.engine.offload import Offloaded, held_as
 from api.schema.generation import Addition, GenerationRequest, ModelRef, Pictures
+from tests.budgeted import Allocator, Apart, Outside
 from tests.controlled import SIZE, as_picture, as_pil, control_picture, save_controlnet, weights_hash
 from tests.generating import a_request
 from tests.unit.test_precisions import FAMILIES
@@ -204,3 +207,34 @@ def test_one_that_knows_several_kinds_of_pictures(tmp_path: Path) -> None:
     )
     drawn = Engine(Device("cpu")).generate(request).images
     assert differ(drawn, (expected * 255).round().astype(np.uint8)) <= TOLERANCE
+
+
+def test_they_leave_in_any_order(made: Made) -> None:
+    """A model whose parts all belong to others as well was sent away, and keeps none of them there."""
+    engine = Engine(Device("cpu"))
+    refs = [made.ref(nets) for nets in ([], [0], [1], [0, 1])]
+    for order in itertools.permutations(refs):
+        for ref in refs:
+            engine.load(ref)
+        for ref in order[:-1]:
+            engine.cache.unload(ref.key)
+        assert order[-1] in engine.cache
+        assert engine.cache.memory().device == sum({s.key: s.bytes for s in engine.cache.parts(order[-1])}.values())
+        engine.cache.unload(order[-1].key)
+        assert (engine.cache.memory().device, engine.cache.memory().host) == (0, 0), order
+    engine.close()
+
+
+@pytest.mark.parametrize("way", ["model", "sequential"])
+def test_offloaded(made: Made, way: str) -> None:
+    """With a device of its own memory the ControlNet comes to the room that its model's parts take turns at."""
+    apart = Apart(Allocator())
+    engine = Engine(apart, Budgets(10**9, 10**9, shared=False, capacity=10**9), Outside(apart))
+    request = made.request([0, 1], controlnet_conditioning_scale=0.6)
+    fields = {name: getattr(request, name) for name in request.__struct_fields__}
+    done = engine.generate(GenerationRequest(**{**fields, "offload": way}))
+    assert done.meta["placement"] == way
+    assert differ(done.images, made.plain([0, 1], controlnet_conditioning_scale=0.6)) <= TOLERANCE
+    everything = sum({spec.key: spec.bytes for spec in engine.cache.parts(request.model)}.values())
+    assert engine.cache.memory().device < everything
+    engine.close()

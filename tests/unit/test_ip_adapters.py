@@ -13,11 +13,13 @@ import pytest
 import torch
 from transformers import CLIPVisionModelWithProjection
 
+from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine
 from api.errors import ApiError
 from api.schema.generation import Addition, GenerationRequest, IpAdapter, Lora, ModelRef, Pictures
 from tests.adapters import lora, random_halves, save_peft
+from tests.budgeted import Allocator, Apart, Outside
 from tests.controlled import (
     SIZE,
     as_picture,
@@ -212,3 +214,18 @@ def test_one_for_another_model_is_refused(made: Made, tmp_path: Path) -> None:
         made.draw(GenerationRequest(**{**fields, "ip_adapters": wrong}))
     assert caught.value.code == "INVALID_INPUTS"
     assert differ(made.draw(request), made.plain([("one", 1.0, [1])])) <= TOLERANCE
+
+
+@pytest.mark.parametrize("way", ["model", "sequential"])
+def test_offloaded(made: Made, way: str) -> None:
+    """The weights that come and go are the model's; the adapter's stay."""
+    apart = Apart(Allocator())
+    engine = Engine(apart, Budgets(10**9, 10**9, shared=False, capacity=10**9), Outside(apart))
+    adapters: Adapters = [("one", 0.6, [1]), ("two", 0.4, [2])]
+    request = made.request(adapters)
+    fields = {name: getattr(request, name) for name in request.__struct_fields__}
+    for _ in range(2):
+        done = engine.generate(GenerationRequest(**{**fields, "offload": way}))
+        assert done.meta["placement"] == way
+        assert differ(done.images, made.plain(adapters)) <= TOLERANCE
+    engine.close()
