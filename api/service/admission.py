@@ -165,6 +165,8 @@ class Admission:
 
         async def check_added(known: list[Added]) -> None:
             controlnets.check_is_controlnet(known)
+            if found is not None and (nets := controlnets.of(known)):
+                controlnets.check_fit(found, nets)
             if found is not None and len(known) == len(wanted):
                 await self._checked(found, options, model_inputs, ref, pictures, code, known)
 
@@ -303,7 +305,7 @@ class Admission:
         added: Sequence[Added],
     ) -> _Draft:
         """Everything that can be said once the model's configuration is at hand, and those of what is added to it."""
-        control, nets = None, [one for one in added if one.wanted.name.startswith("controlnet")]
+        control, nets = None, controlnets.of(added)
         if code:
             check_community(model, code, added)
             requested, pipeline = code.name, code.code.class_name

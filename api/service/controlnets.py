@@ -41,6 +41,11 @@ class Control(NamedTuple):
     pictures: list[str]
 
 
+def of(added: Sequence[Added]) -> list[Added]:
+    """Those that are ControlNets of what a request adds."""
+    return [one for one in added if one.wanted.name.startswith("controlnet")]
+
+
 def control(
     options: dict[str, Any], model_inputs: dict[str, Any], model: InstalledModel, nets: Sequence[Added]
 ) -> Control:
@@ -49,8 +54,7 @@ def control(
     Raises:
         ApiError: INVALID_INPUTS, MISSING_INPUT, NO_SUCH_PIPELINE, PIPELINE_NOT_SUPPORTED.
     """
-    fitting = _fitting(model, nets)
-    _check_fit(model, nets)
+    fitting = check_fit(model, nets)
     requested, pipeline = _pipeline(options, model_inputs, model, fitting)
     entry, inputs = fitting[pipeline], dict(model_inputs)
     sent = inputs.pop(PICTURE, None)
@@ -66,8 +70,8 @@ def check_is_controlnet(added: Sequence[Added]) -> None:
         ApiError: INVALID_INPUTS.
     """
     known = sorted({entry.controlnet for entry in catalogue().controlnets.values()})
-    for one in added:
-        if one.wanted.name.startswith("controlnet") and one.model.class_name not in known:
+    for one in of(added):
+        if one.model.class_name not in known:
             what = f"a {one.model.class_name}" if one.model.class_name else "nothing that says what it is"
             message = f"{one.shown} is {what}, not a ControlNet."
             raise ApiError("INVALID_INPUTS", message, field=one.wanted.field, requested=one.shown, available=known)
@@ -75,7 +79,7 @@ def check_is_controlnet(added: Sequence[Added]) -> None:
 
 def again(added: Sequence[Added]) -> dict[str, Any]:
     """What ``$meta`` says of them: names that mean the same versions."""
-    nets = [one for one in added if one.wanted.name.startswith("controlnet")]
+    nets = of(added)
     if not nets:
         return {}
     return {
@@ -84,8 +88,15 @@ def again(added: Sequence[Added]) -> dict[str, Any]:
     }
 
 
-def _fitting(model: InstalledModel, nets: Sequence[Added]) -> dict[str, WithControlNet]:
-    """The pipelines that can be built from a model and these ControlNets."""
+def check_fit(model: InstalledModel, nets: Sequence[Added]) -> dict[str, WithControlNet]:
+    """Whether ControlNets go with a model.
+
+    Returns:
+        The pipelines that can be built from them.
+
+    Raises:
+        ApiError: INVALID_INPUTS, PIPELINE_NOT_SUPPORTED.
+    """
     known = catalogue().controlnets.items()
     of_model = {name: entry for name, entry in known if misfit(model, name, {"controlnet"}) is None}
     if not of_model:
@@ -108,10 +119,11 @@ def _fitting(model: InstalledModel, nets: Sequence[Added]) -> dict[str, WithCont
     if len(nets) > 1 and not any(entry.several for entry in fitting.values()):
         message = f"Pipelines for a {model.class_name} take one ControlNet, not {len(nets)}."
         raise ApiError("INVALID_INPUTS", message, field=_FIELD)
+    _check_shapes(model, nets)
     return fitting
 
 
-def _check_fit(model: InstalledModel, nets: Sequence[Added]) -> None:
+def _check_shapes(model: InstalledModel, nets: Sequence[Added]) -> None:
     """Whether ControlNets have the shape of what they are to control, as far as their configurations say."""
     theirs = _config(model.folder / "unet") or _config(model.folder / "transformer")
     for net in nets:

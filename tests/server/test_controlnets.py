@@ -53,9 +53,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     save_controlnet(made / "empty", base, 6)
     (made / "empty" / "diffusion_pytorch_model.safetensors").unlink()
     save_controlnet(models_dir / "nets--local", base, 2)
+    torch.manual_seed(8)
+    wide = diffusers.ControlNetModel.from_config(
+        {**diffusers.ControlNetModel.load_config(canny), "block_out_channels": [8, 24]}
+    )
+    wide.save_pretrained(made / "wide")
     save_controlnet(made / "union", models_dir / "tiny--xl", 7, union=True)
     save_controlnet(made / "pickled", base, 2, safe_serialization=False)
-    folders = {name: made / name for name in ("canny", "depth", "many", "xl", "flux", "empty", "union", "pickled")}
+    folders = {
+        name: made / name for name in ("canny", "depth", "many", "xl", "flux", "empty", "union", "pickled", "wide")
+    }
     repos = {f"nets/{name}": {"main": folder} for name, folder in folders.items()}
     repos["nets/unet"] = {"main": base / "unet"}
     repos["nets/whole"] = {"main": base}
@@ -214,6 +221,7 @@ def test_side_by_side(world: World) -> None:
     [
         ("nets/xl", {}, {}, "INVALID_INPUTS", "callInputs.controlnets[0]", "cross_attention_dim is 64"),
         ("nets/flux", {}, {}, "INVALID_INPUTS", "callInputs.controlnets[0]", "FluxControlNetModel"),
+        (["nets/wide", "nets/canny"], {}, {}, "INVALID_INPUTS", "callInputs.controlnets[0]", "block_out_channels is"),
         (["nets/canny", "nets/unet"], {}, {}, "INVALID_INPUTS", "callInputs.controlnets[1]", "not a ControlNet"),
         ("nets/whole", {}, {}, "MODEL_BROKEN", "callInputs.controlnets[0]", "MODEL_ID"),
         ("nets/empty", {}, {}, "MODEL_BROKEN", "callInputs.controlnets[0]", "no safetensors"),
@@ -252,7 +260,7 @@ def test_a_controlnet_is_no_model_and_a_picture_needs_one(world: World) -> None:
 
 
 def test_the_weights_are_not_fetched_for_a_request_that_is_wrong(world: World) -> None:
-    for name in ("xl", "flux"):
+    for name in ("wide", "flux"):
         weights = world.hub.cdn_path(f"nets/{name}", "diffusion_pytorch_model.safetensors")
         assert world.hub.requests[f"GET {weights}"] == 0
         assert not [m for m in installed(world.models_dir).values() if m.source.endswith(f"nets/{name}")]
