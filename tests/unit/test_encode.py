@@ -68,6 +68,7 @@ def test_other_formats_hold_the_same_in_exif(image_format: str, text: str) -> No
     data = encode(pixels, image_format, texts=Texts(text, '{"seed": 1}'))
     image = Image.open(io.BytesIO(data))
     assert image.format in (image_format, "JXL")
+    assert b"MM\0*" in image.info["exif"][:12]  # the byte order that the comment is in
     assert comment(image) == text
     assert json.loads(image.getexif()[0x010E]) == {"seed": 1}
     assert not Image.open(io.BytesIO(encode(pixels, image_format))).getexif()

@@ -165,6 +165,21 @@ def test_a_model_that_predicts_a_flow_is_told_of_it_and_keeps_its_own_by_default
     assert asked.args["use_flow_sigmas"] is True and asked.args["prediction_type"] == "flow_prediction"
 
 
+def test_a_solver_for_flows_takes_over_the_model_s_shift() -> None:
+    own = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, max_shift=0.9)
+    model: Any = SimpleNamespace(schedulers={}, components={"scheduler": own}, ref=SimpleNamespace(model_id="a/b"))
+    args = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    made = make_scheduler(model, "UniPCMultistepScheduler", generator(), args)
+    made.set_timesteps(10, mu=1.0)  # which FLUX's pipeline hands to all
+    assert made.config.max_shift == 0.9  # pipelines look there
+    even = torch.linspace(1, 1 / 1000, 11)[:-1]
+    assert torch.allclose(made.sigmas[:-1], 3 * even / (1 + 2 * even), atol=1e-3)
+    assert (
+        make_scheduler(model, "UniPCMultistepScheduler", generator(), {**args, "flow_shift": 1.0}).config.flow_shift
+        == 1
+    )
+
+
 def test_the_default_gives_way_where_it_only_runs() -> None:
     assert choose_scheduler({}, a_model("LCMScheduler", "epsilon"), DEFAULT).name == "LCMScheduler"
     assert choose_scheduler({}, a_model("DDIMScheduler"), "LCM").name == "DDIMScheduler"
