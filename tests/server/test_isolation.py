@@ -1,11 +1,12 @@
 """Nothing of one request is left for the next: random adapters, safety settings, attention scales, prompts, models.
 
-Each image is compared with plain diffusers, which loads the model anew for it and whatever the request asks for.
+Each image is compared with plain diffusers, which gets a copy of the model for it and loads what the request asks for.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import hashlib
 import random
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ class Shop:
 
     def __init__(self, folder: Path, models_dir: Path) -> None:
         self.models_dir = models_dir
+        self._read: dict[str, dict[str, Any]] = {}
         self.folder = folder / "rnd--adapters"
         self.folder.mkdir(parents=True)
         components = self._pipe("tiny/a").components
@@ -84,15 +86,20 @@ class Shop:
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
-    def _pipe(self, model: str, **parts: Any) -> Any:
-        folder = self.models_dir / model.replace("/", "--")
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, **parts)
+    def _pipe(self, model: str) -> Any:
+        """A pipeline of its own, of modules of its own."""
+        cls = diffusers.StableDiffusionPipeline
+        if model not in self._read:
+            self._read[model] = cls.from_pretrained(self.models_dir / model.replace("/", "--")).components
+        parts = {name: copy.deepcopy(part) for name, part in self._read[model].items()}
+        pipe = cls(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def reference(self, asked: Asked) -> np.ndarray:
-        off = {} if asked.safety else {"safety_checker": None, "requires_safety_checker": False}
-        pipe = self._pipe(asked.model, **off)
+        pipe = self._pipe(asked.model)
+        if not asked.safety:
+            pipe.safety_checker = None
         pipe.scheduler = getattr(diffusers, asked.scheduler).from_config(pipe.scheduler.config)
         used = [(name, scale) for name, scale in asked.loras if scale]
         for name, _ in used:
