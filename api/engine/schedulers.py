@@ -107,7 +107,7 @@ def _new_scheduler(model: LoadedModel, name: str, args: dict[str, Any]) -> Any:
     }
     if type(own).__name__ == name:
         foreign = set()
-    # what the class itself does not know stays with its settings: pipelines look there, as for limits of a shift
+    # what the class itself does not know stays with it: pipelines look there, such as for the limits of a shift
     settings = {key: value for key, value in own.config.items() if key not in foreign - _OF_THE_MODEL}
     if args.get("use_flow_sigmas") and "flow_shift" in known and "shift" in own.config:
         settings["flow_shift"] = own.config["shift"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -142,8 +143,11 @@ def _read(model_id: str, folder: Path, revision: str, key: str, source: str) -> 
 
 
 def _predicts(folder: Path, scheduler: str) -> str:
-    path = folder / "scheduler" / "scheduler_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # Infinity is not for msgspec
+    path, settings = folder / "scheduler" / "scheduler_config.json", None
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # what cannot be read is said when the model is loaded
+            settings = json.loads(path.read_text(encoding="utf-8"))  # Infinity is not for msgspec
+    settings = settings if isinstance(settings, dict) else {}
     if "Flow" in scheduler or settings.get("use_flow_sigmas") is True:
         return "flow_prediction"
     return str(settings.get("prediction_type") or "epsilon")
