@@ -117,11 +117,13 @@ def replace(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("roots", [False, True])
-@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
-def test_a_components_file_that_was_replaced_is_another_revision(root: Path, file: str, roots: bool) -> None:
+@pytest.mark.parametrize(
+    ("file", "at"), [("unet/diffusion_pytorch_model.safetensors", -2), ("scheduler/scheduler_config.json", 8)]
+)
+def test_a_components_file_that_was_replaced_is_another_revision(root: Path, file: str, at: int, roots: bool) -> None:
     here = library(root / "none", LOCAL_MODELS=str(root)) if roots else library(root)
     before = here.find(SourceRef("org/good", "org/good"))
-    replace(root / "org--good" / file, -2)
+    replace(root / "org--good" / file, at)
     after = here.find(SourceRef("org/good", "org/good"))
     assert before and after and before.revision != after.revision
     assert [model.revision for model in here.all() if model.model_id == "org/good"] == [after.revision]
