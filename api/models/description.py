@@ -40,6 +40,7 @@ class InstalledModel(msgspec.Struct, frozen=True):
         predicts: what its denoiser computes: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
         parts: every part that its index names, with its class; an empty one where there is none.
         takes_picture: its denoiser takes a picture beside the latents, as those for inpainting and instructions do.
+        learns_variance: its denoiser gives a variance as well, which few schedulers can do anything with.
         part: empty: a whole pipeline. Else what of one it is (``parts``), and ``class_name`` is that part's.
     """
 
@@ -58,6 +59,7 @@ class InstalledModel(msgspec.Struct, frozen=True):
     predicts: str = "epsilon"
     parts: dict[str, str] = {}
     takes_picture: bool = False
+    learns_variance: bool = False
     part: str = ""
 
     @property
@@ -139,6 +141,7 @@ def _read(model_id: str, folder: Path, revision: str, key: str, source: str) -> 
         predicts=_predicts(folder, components.get("scheduler", ("", ""))[1]),
         parts={name: value[1] or "" for name, value in named.items() if len(value) == 2},
         takes_picture=_takes_picture(denoiser),
+        learns_variance=_learns_variance(folder / "scheduler" / "scheduler_config.json"),
     )
 
 
@@ -195,6 +198,14 @@ def _read_part(model_id: str, folder: Path, revision: str, key: str, source: str
         source=source,
         part=part,
     )
+
+
+def _learns_variance(path: Path) -> bool:
+    try:  # what schedulers are saved with is no strict JSON: it may hold -Infinity
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "learned" in str(config.get("variance_type"))
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from api.schema.catalogue import Build, catalogue
 
 _SPARE = frozenset({"safety_checker", "feature_extractor", "image_encoder", "controlnet", "adapter"})
 """Parts of a model that another pipeline may leave unused."""
-_PLAIN = ("StableDiffusion", "LatentConsistency", "Flux", "CogView4")
+_PLAIN = (
+    "StableDiffusion", "LatentConsistency", "SemanticStableDiffusion", "CycleDiffusion", "PaintByExample", "Flux",
+    "CogView4", "KandinskyCombined", "KandinskyImg2Img", "KandinskyInpaint", "KandinskyV22",
+)  # fmt: skip
 """Families whose plain denoisers give as many channels as they take."""
 _BESIDE = frozenset(
     {
@@ -18,6 +21,8 @@ _BESIDE = frozenset(
         "FluxControlInpaintPipeline",
         "FluxControlPipeline",
         "FluxFillPipeline",
+        "KandinskyInpaintCombinedPipeline",
+        "KandinskyV22InpaintCombinedPipeline",
         "PaintByExamplePipeline",
         "StableDiffusionDepth2ImgPipeline",
         "StableDiffusionInstructPix2PixPipeline",
@@ -95,7 +100,7 @@ def _left_out(model: InstalledModel, build: Build, own: Build) -> list[str]:
 
 
 def _wrong_channels(model: InstalledModel, name: str) -> str | None:
-    if not name.startswith((*_PLAIN, "PaintByExample")) or not model.class_name.startswith((*_PLAIN, "PaintByExample")):
+    if not name.startswith(_PLAIN) or not model.class_name.startswith(_PLAIN):
         return None
     if name in _BESIDE and not model.takes_picture:
         return "It gives the denoiser a picture beside the latents, and this model's denoiser takes none."

@@ -17,6 +17,8 @@ _FLOW_CLASSES = frozenset(
     {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"}
 )
 """What pipelines of models that predict a flow can run, and no others."""
+_OF_PIXELS = ("DPMSolverMultistep", "DPMSolverSinglestep", "SASolver")
+"""Classes that count on images of three channels where a denoiser gives a variance as well."""
 _EDM = "models trained with EDM's preconditioning (Karras et al. 2022)"
 _MADE_FOR = {
     "LCMScheduler": "models distilled to a few steps as latent consistency models",
@@ -91,6 +93,8 @@ def verdict(name: str, model: InstalledModel) -> Verdict:
         return Verdict("refused", f"is for models that predict a flow; {model.model_id} predicts {model.predicts}", {})
     if found.fault:
         return Verdict("refused", f"cannot be run by the pipelines of {model.model_id}: {found.fault}", {})
+    if model.learns_variance and "movq" in model.parts and name.startswith(_OF_PIXELS):
+        return Verdict("refused", f"takes the variance that {model.model_id} gives as well for a part of the noise", {})
     predictions = found.predictions()
     if predictions and model.predicts not in predictions:
         what = f"takes {' or '.join(predictions)}, and {model.model_id} predicts {model.predicts}"
@@ -160,7 +164,7 @@ def _default(model: InstalledModel, default: str) -> Scheduler:
     known, alias = scheduler_classes(), sampler(default)
     name = alias.scheduler if alias else default
     fits = name in known and verdict(name, model) == ("suits", "", {})
-    if not fits:
+    if not fits or model.learns_variance:  # which few of them can do anything with
         return Scheduler(model.scheduler, {})
     return Scheduler(name, alias.args, alias.name) if alias else Scheduler(name, {})
 

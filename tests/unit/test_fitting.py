@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from api.errors import ApiError
@@ -12,6 +13,7 @@ from api.models.description import InstalledModel
 from api.schema.catalogue import catalogue
 from api.service.choices import check_early, choose_pipeline
 from api.service.fitting import misfit, pipelines_of
+from api.service.schedulers import choose_scheduler, suitable
 
 
 def saved_as(name: str, takes_picture: bool = False, **changed: str) -> InstalledModel:
@@ -56,6 +58,8 @@ def test_a_model_is_run_as_every_class_of_the_same_components() -> None:
             "StableDiffusionPipeline",
             "takes a picture beside",
         ),
+        (SD, "StableDiffusionGLIGENPipeline", "boxes"),
+        (saved_as("KandinskyV22CombinedPipeline"), "KandinskyV22InpaintCombinedPipeline", "denoiser takes none"),
         (saved_as("FluxPipeline"), "FluxFillPipeline", "this model's denoiser takes none"),
         (saved_as("FluxFillPipeline", True), "FluxPipeline", "takes a picture beside"),
         (saved_as("QwenImagePipeline"), "QwenImageEditPipeline", "needs processor"),
@@ -109,7 +113,7 @@ MASK: dict[str, Any] = {"image": "x", "mask_image": "y"}
         ("StableDiffusionInstructPix2PixPipeline", PICTURE, "StableDiffusionInstructPix2PixPipeline"),
         ("StableDiffusionUpscalePipeline", PICTURE, "StableDiffusionUpscalePipeline"),
         ("FluxFillPipeline", MASK, "FluxFillPipeline"),
-        ("KandinskyV22CombinedPipeline", MASK, "KandinskyV22InpaintCombinedPipeline"),
+        ("KandinskyV22CombinedPipeline", PICTURE, "KandinskyV22Img2ImgCombinedPipeline"),
         ("SanaSprintPipeline", {"init_image": "x"}, "SanaSprintImg2ImgPipeline"),
     ],
 )
@@ -146,3 +150,21 @@ def test_every_runnable_class_can_be_chosen_for_a_model_of_its_own() -> None:
     for name in catalogue().pipelines:
         assert choose_pipeline({"PIPELINE": name}, {}, saved_as(name), "ALL") == (name, name)
         assert catalogue().tasks_of(name), name
+
+
+def test_the_servers_scheduler_gives_way_to_one_that_the_model_needs() -> None:
+    usual = "DPMSolverMultistepScheduler"
+
+    def chosen(name: str, scheduler: str, **more: Any) -> str:
+        return choose_scheduler({}, msgspec.structs.replace(saved_as(name), scheduler=scheduler, **more), usual).name
+
+    assert chosen("StableDiffusionPipeline", "EulerDiscreteScheduler") == usual
+    assert chosen("LatentConsistencyModelPipeline", "LCMScheduler") == "LCMScheduler"
+    assert chosen("KandinskyV22CombinedPipeline", "DDPMScheduler", learns_variance=True) == "DDPMScheduler"
+    model = msgspec.structs.replace(
+        saved_as("KandinskyV22CombinedPipeline"), scheduler="DDPMScheduler", learns_variance=True
+    )
+    assert "DDIMScheduler" in suitable(model)
+    with pytest.raises(ApiError) as error:
+        choose_scheduler({"SCHEDULER": usual}, model, usual)
+    assert error.value.code == "INVALID_SCHEDULER"
