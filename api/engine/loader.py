@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import logging
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,40 +17,26 @@ from torch import nn
 
 from api.engine import skeletons
 from api.engine.buffers import Spare
-from api.engine.device import Device, shortage
-from api.engine.headers import broken, file_identity, read_header
+from api.engine.device import Device
+from api.engine.faults import as_broken, naming
+from api.engine.headers import file_identity, read_header
 from api.engine.library import Weightless, load_module
 from api.engine.offload import Offloading
 from api.engine.owning import own, shared_unless_changed
 from api.engine.parts import HostPart, PartSpec
+from api.engine.plans import Plans
 from api.engine.reading import BufferPart, read
-from api.engine.skeletons import NotExactError, Skeleton, build
+from api.engine.skeletons import Skeleton
 from api.engine.specs import (
-    Component,
-    Weights,
-    added,
-    alone,
     components,
-    computed_in,
-    configuration,
-    is_known,
-    side_files,
     variant_in,
-    variant_of,
-    variant_of_part,
-    weights,
-    weights_identity,
 )
 from api.engine.spent import spending
 from api.engine.tokenizers import taking_turns
-from api.engine.twins import Twins
 from api.errors import ApiError
-from api.models.description import is_model
 from api.schema.generation import ModelRef
 
 log = logging.getLogger("api.engine")
-
-_SKELETONS = 64
 
 
 class LoadedModel:
@@ -99,14 +80,6 @@ def module_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
 
 
-@dataclass(frozen=True)
-class _Plan:
-    component: Component
-    config: dict[str, Any]
-    weights: Weights
-    dtype: torch.dtype
-
-
 class PartLoader:
     """The ``Loader`` of one device. Its methods may be called from several threads, ``place`` from the device's.
 
@@ -119,15 +92,11 @@ class PartLoader:
         self._device = device
         self._spare = Spare(host_limit)
         self._weightless = Weightless()
-        self._twins = Twins()
-        self._skeletons: OrderedDict[str, Skeleton | None] = OrderedDict()
-        self._lock = threading.Lock()
+        self._plans = Plans(device)
         # one buffer under each module that was copied to the device
         self._flats: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
         self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None
-        self.offloading = Offloading(device, self._skeleton_of)
-
-    # --- what there is ---
+        self.offloading = Offloading(device, self._plans.skeleton)
 
     def parts(self, ref: ModelRef) -> Sequence[PartSpec]:
         """The parts of a model, without reading a weight.
@@ -135,69 +104,8 @@ class PartLoader:
         Raises:
             ApiError: MODEL_BROKEN.
         """
-        folder = Path(ref.folder)
         with spending("build"), naming(ref):
-            variant = variant_of(folder, ref.precision)
-            dtype = self._device.dtype(ref.precision)
-            others = [added(part) for part in ref.additions]
-            replaced = {component.name for component in others}
-            found = [part for part in components(folder) if part.has_weights and part.name not in replaced]
-            plans = [_planned(component, dtype, variant) for component in found]
-            plans += [_planned(part, dtype, variant_of_part(part.folder, ref.precision)) for part in others]
-            return [self._spec(plan) for plan in plans]
-
-    def _spec(self, plan: _Plan) -> PartSpec:
-        component, config, files = plan.component, plan.config, plan.weights.files
-        identities = tuple(map(file_identity, files))  # before the content is looked at: what changes later is seen
-        what = [component.library, component.class_name, config, str(plan.dtype)]
-        shapes = [header.shapes for header in plan.weights.headers]
-        architecture = _digest([*what, shapes, plan.weights.sharded, plan.weights.plain])
-        identity = weights_identity(component.home or component.folder.parent, files)
-        key = _digest([*what, self._twins.content(architecture, files, identity)])
-        skeleton = self._skeleton(architecture, plan)
-        if skeleton is None:
-            key = _digest([key, side_files(component)])
-        return PartSpec(
-            name=component.name,
-            key=key,
-            # what a library has loaded is never overwritten: another one is only ever equal to itself
-            architecture=architecture if skeleton else f"library:{key}",
-            bytes=skeleton.bytes if skeleton else _bytes(plan),
-            folder=component.folder,
-            library=component.library,
-            class_name=component.class_name,
-            dtype=plan.dtype,
-            files=files,
-            by_library=skeleton is None,
-            identities=identities,
-        )
-
-    def _skeleton(self, architecture: str, plan: _Plan) -> Skeleton | None:
-        with self._lock:
-            if architecture in self._skeletons:
-                self._skeletons.move_to_end(architecture)
-                return self._skeletons[architecture]
-        skeleton = _built(plan)
-        with self._lock:
-            while len(self._skeletons) >= _SKELETONS:
-                self._skeletons.popitem(last=False)
-            return self._skeletons.setdefault(architecture, skeleton)
-
-    def _skeleton_of(self, spec: PartSpec) -> Skeleton:
-        with self._lock:
-            skeleton = self._skeletons.get(spec.architecture)
-        skeleton = skeleton or self._skeleton(spec.architecture, self._replanned(spec))
-        if skeleton is None:
-            raise broken(spec.folder, "has changed")
-        return skeleton
-
-    def _replanned(self, spec: PartSpec) -> _Plan:
-        if not is_model(spec.folder.parent):
-            return _planned(alone(spec.name, spec.folder), spec.dtype, variant_in(spec.files))
-        found = [part for part in components(spec.folder.parent) if part.name == spec.name]
-        if not found:
-            raise broken(spec.folder, "is gone")
-        return _planned(found[0], spec.dtype, variant_in(spec.files))
+            return self._plans.parts(ref)
 
     # --- from disk to host ---
 
@@ -220,7 +128,7 @@ class PartLoader:
 
     def _read(self, spec: PartSpec) -> HostPart:
         if spec.by_library:
-            with _as_broken(spec.folder):
+            with as_broken(spec.folder):
                 module = load_module(
                     spec.folder.parent,
                     spec.folder.name,
@@ -232,9 +140,9 @@ class PartLoader:
             part = HostPart({}, module_bytes(module), module)
             self._spare.count(part, part.bytes)
             return part
-        skeleton = self._skeleton_of(spec)
+        skeleton = self._plans.skeleton(spec)
         shares, pin = self._device.shares_host, self._device.is_cuda
-        with _as_broken(spec.folder):
+        with as_broken(spec.folder):
             headers = [read_header(path) for path in spec.files]
             return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self._spare)
 
@@ -248,7 +156,7 @@ class PartLoader:
             onto: a module of the same architecture that nobody uses any more.
         """
         if self._device.shares_host:
-            for tensor in skeletons.held(onto, self._skeleton_of(spec)).values():
+            for tensor in skeletons.held(onto, self._plans.skeleton(spec)).values():
                 tensor.data = tensor.data.new_empty(0)
 
     def place(self, spec: PartSpec, host: HostPart, onto: nn.Module | None) -> nn.Module:
@@ -265,7 +173,7 @@ class PartLoader:
         if host.module is not None:
             with spending("copy"):
                 return self._moved(host.module)
-        skeleton = self._skeleton_of(spec)
+        skeleton = self._plans.skeleton(spec)
         if onto is not None:
             with spending("copy"):
                 self._take_over(onto, skeleton, host)
@@ -359,46 +267,12 @@ class PartLoader:
             return model
 
 
-def _planned(component: Component, dtype: torch.dtype, variant: str | None) -> _Plan:
-    config = configuration(component)
-    return _Plan(component, config, weights(component, variant), computed_in(component, config, dtype))
-
-
-def _built(plan: _Plan) -> Skeleton | None:
-    """The skeleton, or None for what only its library can load."""
-    cls = plan.component.cls
-    if cls is None or not is_known(cls) or not plan.weights.plain:
-        log.info("%s (%s) is left to its library", plan.component.name, plan.component.class_name)
-        return None
-    stored = {name: entry for header in plan.weights.headers for name, entry in header.tensors.items()}
-    try:
-        return build(cls, plan.config, stored, plan.dtype, one_file=not plan.weights.sharded)
-    except NotExactError as reason:
-        log.info("%s (%s) is left to its library: %s", plan.component.name, plan.component.class_name, reason)
-        return None
-
-
 def _check_unchanged(spec: PartSpec) -> None:
     """Other weights are never read under the key of those that were there: models that share the part have it too."""
     if spec.identities == tuple(map(file_identity, spec.files)):
         return
     name = "/".join(spec.folder.parts[-2:])
     raise ApiError("MODEL_BROKEN", f"The files of {name} were changed while they were used. Send the request again.")
-
-
-def _bytes(plan: _Plan) -> int:
-    """What a part will take, from its headers alone."""
-    return sum(
-        entry.bytes // entry.dtype.itemsize * plan.dtype.itemsize
-        if entry.dtype is not None and entry.dtype.is_floating_point
-        else entry.bytes
-        for header in plan.weights.headers
-        for entry in header.tensors.values()
-    )
-
-
-def _digest(what: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _copy(skeleton: Skeleton, host: HostPart, flat: torch.Tensor | None, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -408,44 +282,6 @@ def _copy(skeleton: Skeleton, host: HostPart, flat: torch.Tensor | None, tensors
         return
     for slot in skeleton.slots:
         tensors[slot.targets[0]].copy_(host.tensors[slot.targets[0]], non_blocking=True)
-
-
-@contextlib.contextmanager
-def naming(ref: ModelRef) -> Iterator[None]:
-    """Whatever a damaged file makes the libraries or us raise is MODEL_BROKEN, and says which model.
-
-    Raises:
-        ApiError: MODEL_BROKEN.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as fault:
-        if isinstance(fault, ApiError) and fault.requested is not None:
-            raise
-        if text := shortage(fault):
-            raise torch.OutOfMemoryError(text) from None
-        raise ApiError(
-            "MODEL_BROKEN",
-            f'"{ref.model_id}" cannot be loaded: {_said(fault)}',
-            field="callInputs.MODEL_ID",
-            requested=ref.model_id,
-        ) from fault
-
-
-@contextlib.contextmanager
-def _as_broken(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ApiError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as fault:
-        raise broken(folder, f"cannot be loaded ({_said(fault)})") from fault
-
-
-def _said(fault: Exception) -> str:
-    return str(fault) if isinstance(fault, ApiError) else f"{type(fault).__name__}: {str(fault)[:300]}"
 
 
 _loaders: weakref.WeakKeyDictionary[Device, PartLoader] = weakref.WeakKeyDictionary()

@@ -116,9 +116,9 @@ def saved(module: Any, folder: Path, stored: torch.dtype = torch.float32, **opti
 
 
 def spec_of(loader: PartLoader, component: Component, dtype: torch.dtype, variant: str | None = None) -> PartSpec:
-    from api.engine.loader import _planned
+    from api.engine.plans import planned
 
-    return loader._spec(_planned(component, dtype, variant))
+    return loader._plans._spec(planned(component, dtype, variant))
 
 
 def placed(loader: PartLoader, component: Component, dtype: torch.dtype, variant: str | None = None) -> nn.Module:
