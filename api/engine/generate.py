@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import PIL.Image
 import torch
 
 from api.engine.adapters import Adapters, without_scale
@@ -306,7 +307,7 @@ class Engine:
             except Exception as fault:
                 if refusal := refused_by(fault, request, type(model.components.get("scheduler")).__name__):
                     raise refusal from fault
-                if not _is_of_inputs(fault, request):
+                if not _is_of_inputs(fault, arguments):
                     raise
                 message = f"diffusers refused the inputs: {fault}"
                 raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
@@ -369,7 +370,7 @@ _RARE = frozenset(
 """Inputs that reach deep into a pipeline, where a wrong value fails in any way at all."""
 
 
-def _is_of_inputs(fault: Exception, request: GenerationRequest) -> bool:
+def _is_of_inputs(fault: Exception, inputs: dict[str, Any]) -> bool:
     """Whether the client's inputs are to blame: diffusers says so, or they hold something rare, or several pictures.
 
     A device that was lost is nobody's fault here, whatever the inputs hold: the worker has to end.
@@ -381,8 +382,8 @@ def _is_of_inputs(fault: Exception, request: GenerationRequest) -> bool:
     if isinstance(fault, AttributeError) and isinstance(fault.obj, diffusers.SchedulerMixin):
         return True  # the pipeline asks for what few schedulers have
     deep = isinstance(fault, LookupError | AttributeError | RuntimeError)
-    several = any(isinstance(found, list) and len(found) > 1 for found in request.pictures.values())
-    return deep and (several or any(request.inputs.get(name) is not None for name in _RARE))
+    several = any(isinstance(v, list) and isinstance(v[0], PIL.Image.Image) for v in inputs.values() if v)
+    return deep and (several or any(inputs.get(name) is not None for name in _RARE))
 
 
 def _ms(began: float) -> int:
