@@ -136,7 +136,8 @@ class Dispatcher:
             raise ApiError("NOT_READY", "The server is shutting down.")
         if self.state == "DEFUNCT":
             raise ApiError("NOT_READY", "The workers do not start; the server's log says why.")
-        waiting = len(self._queue) + self.expected
+        # who is looked at before a free slot is given to it does not wait for one
+        waiting = len(self._queue) + max(0, self.expected - sum(worker.free for worker in self.workers))
         if waiting >= self._settings.max_queue:
             wait = max(1, math.ceil(self.wait))
             message = f"{waiting} requests are waiting, as many as MAX_QUEUE allows."

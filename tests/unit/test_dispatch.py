@@ -306,6 +306,15 @@ def refused(pool: Pool) -> ApiError:
     return full.value
 
 
+async def test_who_is_looked_at_while_a_slot_is_free_does_not_fill_the_queue() -> None:
+    pool = Pool(MAX_QUEUE="2")
+    pool.dispatcher.expected = 2
+    pool.dispatcher.check_room()  # one of them gets the slot
+    pool.dispatcher.expected = 3
+    with pytest.raises(ApiError, match="2 requests are waiting"):
+        pool.dispatcher.check_room()
+
+
 async def test_retry_after_is_when_the_line_should_be_gone_also_while_a_worker_starts_again() -> None:
     pool = Pool(slots=4, MAX_QUEUE="8")
     (worker,) = pool.workers

@@ -259,6 +259,7 @@ def test_memory_is_given_back_to_cuda_before_it_is_freed(monkeypatch: pytest.Mon
             calls.append(("unregister" if there else "too late", address, 0))
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     flat = buffers.buffer(3 * 2**20 + 5, pin=True)
     assert flat.numel() == 3 * 2**20 + 5
     view = flat[10:20]
