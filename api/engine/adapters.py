@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from api.engine.cloning import clone
+from api.engine.community import class_of
 from api.engine.inversions import Vectors, put_rows, read_inversions, tokenizer_of, with_tokens
 from api.engine.loader import LoadedModel
 from api.engine.lora_files import Layer, read_lora
@@ -67,7 +67,7 @@ class Adapters:
         self._lock = threading.Lock()
         self._loaded: weakref.WeakValueDictionary[Any, _Loaded] = weakref.WeakValueDictionary()
         self._modules: weakref.WeakValueDictionary[Any, nn.Module] = weakref.WeakValueDictionary()
-        self._sets: OrderedDict[tuple[int, str], weakref.ref[LoadedModel]] = OrderedDict()
+        self._sets: OrderedDict[tuple[weakref.ref[LoadedModel], str], None] = OrderedDict()
 
     @property
     def bytes(self) -> int:
@@ -94,6 +94,7 @@ class Adapters:
             return components, {}
         what = [
             request.pipeline,
+            request.code.sha256 if request.code else "",
             [(lora.sha256, scale) for lora, scale in loras],
             [(inversion.sha256, inversion.token) for inversion in request.inversions],
             looking(request),
@@ -117,13 +118,14 @@ class Adapters:
 
     def _use(self, model: LoadedModel, name: str) -> None:
         with self._lock:
-            self._sets[id(model), name] = weakref.ref(model)
-            self._sets.move_to_end((id(model), name))
+            key = weakref.ref(model), name
+            self._sets[key] = None
+            self._sets.move_to_end(key)
             while len(self._sets) > 1 and (len(self._sets) > MOST_SETS or self.bytes > self._limit):
                 self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        (_, name), reference = self._sets.popitem(last=False)
+        (reference, name), _ = self._sets.popitem(last=False)
         if (model := reference()) is not None:
             model.variants.pop(name, None)
 
@@ -135,7 +137,7 @@ class Adapters:
         request: GenerationRequest,
         loras: Sequence[tuple[Lora, float]],
     ) -> dict[str, Any]:
-        pipeline = getattr(diffusers, request.pipeline)
+        pipeline = class_of(request)
         loaded = [(self._load(model, pipeline, components, lora), lora, scale) for lora, scale in loras]
         vectors = read_inversions(request.inversions, pipeline, components)
         changed = {name for lora, _, _ in loaded for name in lora.layers} | set(vectors)
@@ -145,7 +147,8 @@ class Adapters:
             words = [(i.sha256, i.token) for i in request.inversions] if name in vectors else []
             scales = tuple((sha256, scale) for _, sha256, scale in mine)
             base = looking(request) if name == "unet" else ()
-            key = (id(model), attention, name, base, scales, tuple(words))
+            # not by its id: another model may have that one while what was made for this one is still there
+            key = (weakref.ref(model), attention, name, base, scales, tuple(words))
             module = self._modules.get(key)
             if module is None:
                 module = self._changed(components, name, [(a, c) for a, _, c in mine], vectors)
@@ -160,7 +163,7 @@ class Adapters:
         return {"components": own, "told": {"unused_adapter_keys": told} if told else {}}
 
     def _load(self, model: LoadedModel, pipeline: type, components: dict[str, Any], lora: Lora) -> _Loaded:
-        key = (id(model), pipeline.__name__, lora.sha256)
+        key = (weakref.ref(model), pipeline, lora.sha256)
         loaded = self._loaded.get(key)
         if loaded is None:
             file = read_lora(lora, pipeline, components)

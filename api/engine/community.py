@@ -12,11 +12,23 @@ from typing import Any
 import diffusers
 
 from api.errors import ApiError
-from api.schema.generation import Code
+from api.schema.generation import Code, GenerationRequest
 
 _FIELD = "callInputs.PIPELINE"
 _lock = threading.Lock()
 _classes: dict[str, type[diffusers.DiffusionPipeline]] = {}
+
+
+def class_of(request: GenerationRequest) -> type[diffusers.DiffusionPipeline]:
+    """The pipeline class that a request is run with.
+
+    Raises:
+        ApiError: see ``community_class``.
+    """
+    if request.code:
+        return community_class(request.code)
+    found: type[diffusers.DiffusionPipeline] = getattr(diffusers, request.pipeline)
+    return found
 
 
 def community_class(code: Code) -> type[diffusers.DiffusionPipeline]:

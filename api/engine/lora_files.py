@@ -31,6 +31,7 @@ from api.schema.generation import Lora
 FIELD = "callInputs.lora_weights"
 
 _KOHYA = re.compile(r"(lora_(?:unet|te|te1|te2|te3)_[^.]+)\.(.+)")
+_MODULE = re.compile(r"[\w.-]+")
 _PAIR = frozenset({"lora_down.weight", "lora_up.weight"})
 _TEXT_NAMES = {**DIFFUSERS_OLD_TO_PEFT, **DIFFUSERS_TO_PEFT}
 _METADATA = "lora_adapter_metadata"
@@ -123,7 +124,7 @@ def _read(lora: Lora) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise _invalid(lora, f"cannot be read: {str(fault)[:200]}") from fault
     try:
         metadata = json.loads(said.get(_METADATA, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         metadata = {}
     return tensors, metadata if isinstance(metadata, dict) else {}
 
@@ -196,19 +197,33 @@ def _layers(
         bias = tensors.get(f"{name}.lora_B.bias")
         down, up = _shaped(lora, f"{component}.{own}", target, down, up)
         rank = down.shape[0]
-        alpha = alphas.get(name, _of(config, "alpha_pattern", own, config.get("lora_alpha", rank)))
+        alpha = alphas[name] if name in alphas else _alpha(lora, config, own, rank)
         divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-        found[own] = Layer(down, up, bias, float(alpha), divisor)
+        found[own] = Layer(down, up, bias, alpha, divisor)
         used |= {key, f"{name}.lora_B.weight", f"{name}.lora_B.bias"}
     return found, [key for key in tensors if key not in used]
 
 
-def _of(config: dict[str, Any], patterns: str, name: str, otherwise: float) -> float:
-    """What a configuration of PEFT says of a module, by the end of its name."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return float(value)
-    return otherwise
+def _alpha(lora: Lora, config: dict[str, Any], name: str, rank: int) -> float:
+    """What a configuration of PEFT says of a module, by the end of its name.
+
+    PEFT takes what it says for regular expressions. Those of a stranger may never end: names are read, and no others.
+    """
+    patterns, said = config.get("alpha_pattern") or {}, config.get("lora_alpha", rank)
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not _MODULE.fullmatch(literal):
+            raise _invalid(lora, f'gives the alpha of its layers by the pattern "{pattern[:100]}", which is no name')
+        if name == literal or (pattern[0] != "^" and name.endswith(f".{literal}")):
+            said = value
+            break
+    try:
+        alpha = float(said)
+    except (TypeError, ValueError, OverflowError):
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise _invalid(lora, "gives an alpha that is no number")
+    return alpha
 
 
 def _shaped(
@@ -221,7 +236,12 @@ def _shaped(
     else:
         down, up = (part[..., None, None] if part.dim() == 2 else part for part in (down, up))
         takes, gives, kernel = target.in_channels, target.out_channels, torch.Size(target.kernel_size)
-    if down.shape[1:] != (takes, *kernel) or up.shape[:2] != (gives, down.shape[0]) or down.dim() != up.dim():
+    if (
+        not down.numel()
+        or down.shape[1:] != (takes, *kernel)
+        or up.shape[:2] != (gives, down.shape[0])
+        or down.dim() != up.dim()
+    ):
         shown = " x ".join(f"{tuple(part.shape)}" for part in (up, down))
         problem = f"is for another architecture: {name} is {gives} x {takes} in this model, and {shown} in the file"
         raise _invalid(lora, problem)

@@ -11,7 +11,7 @@ import diffusers
 import torch
 from torch import nn
 
-from api.engine.community import community_class
+from api.engine.community import class_of
 from api.engine.controlnets import together
 from api.engine.loader import LoadedModel
 from api.engine.schedulers import Generators, make_scheduler, seeded
@@ -34,7 +34,7 @@ def make_pipeline(
     Raises:
         ApiError: INVALID_SCHEDULER, PIPELINE_NOT_SUPPORTED.
     """
-    own: Any = community_class(request.code) if request.code else getattr(diffusers, request.pipeline)
+    own: Any = class_of(request)
     cls = _on_one_device(own)
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
     components = together(components)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import gc
 import hashlib
+import json
 import subprocess
 import sys
 import weakref
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from api.engine import adapters as adapters_module
 from api.engine.adapters import Adapters
 from api.engine.budgets import Budgets
 from api.engine.device import Device
@@ -25,7 +28,7 @@ from api.engine.generate import Engine
 from api.engine.inversions import read_inversions
 from api.engine.lora_files import read_lora
 from api.errors import ApiError
-from api.schema.generation import GenerationRequest, Inversion, Lora, ModelRef
+from api.schema.generation import Code, GenerationRequest, Inversion, Lora, ModelRef
 from tests.adapters import Halves, inversion, lora, random_halves, save_kohya, save_peft
 from tests.budgeted import Allocator, Apart, Outside
 from tests.generating import a_request
@@ -217,6 +220,31 @@ def test_what_adapters_take_is_bounded(setup: Setup) -> None:
     assert engine.adapters.bytes == 0
 
 
+def test_models_are_not_told_apart_by_where_they_lie(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one was, the next one may be, while something still holds what was made for the first."""
+    monkeypatch.setattr(adapters_module, "id", lambda _: 7, raising=False)
+    adapters, models = Adapters(torch.device("cpu"), 10**9), []
+    for _ in range(2):
+        engine = Engine(Device("cpu"))
+        setup.image(engine=engine)
+        models.append(next(iter(engine.cache._models.values())))
+    for model in models:
+        parts, _ = adapters.applied(model, model.components, "sdpa", setup.request(loras=(lora(setup.a),)))
+        assert next(parts["unet"].parameters()) is next(model.components["unet"].parameters())
+
+
+COMMUNITY = "from diffusers import StableDiffusionPipeline\n\n\nclass OwnPipeline(StableDiffusionPipeline):\n    pass\n"
+
+
+def test_with_a_community_pipeline(setup: Setup, tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(COMMUNITY)
+    code = Code(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), "OwnPipeline")
+    request = setup.request(loras=(lora(setup.a),))
+    done = setup.engine.generate(msgspec.structs.replace(request, pipeline="OwnPipeline", code=code))
+    assert np.array_equal(done.images, setup.image(lora(setup.a)))
+
+
 @pytest.mark.parametrize("way", ["model", "sequential"])
 def test_offloaded_models(setup: Setup, way: str) -> None:
     """The weights come for each call, what adapters add stays on the device."""
@@ -242,13 +270,41 @@ def other_halves(halves: Halves, change: Callable[[str], str], narrow: bool = Fa
     return {change(k): (down[:, :-1].contiguous() if narrow else down, up) for k, (down, up) in halves.items()}
 
 
+def with_metadata(path: Path, file: Path, said: str) -> Path:
+    save_file(load_file(file), path, {"format": "pt", "lora_adapter_metadata": said})
+    return path
+
+
+def test_alphas_in_metadata(setup: Setup, tmp_path: Path) -> None:
+    """By the ends of names; regular expressions, which may never end, are not run."""
+    layer = next(name for name in setup.halves[0] if name.endswith("attn1.to_q")).removeprefix("unet.")
+    said = {"unet.lora_alpha": 2, "unet.alpha_pattern": {f"^{layer}": 8, "^attn1.to_k": 9, r"attn1\.to_k": 6}}
+    path = with_metadata(tmp_path / "said.safetensors", setup.a, json.dumps(said))
+    found = read_lora(lora(path), diffusers.StableDiffusionPipeline, setup.pipe().components).layers
+    ends = {name.rpartition("attn1.")[2]: each.alpha for name, each in found["unet"].items() if name[:-1] == layer[:-1]}
+    assert {name: ends[name] for name in ("to_q", "to_k")} == {"to_q": 8, "to_k": 6}
+    assert next(each.alpha for name, each in found["unet"].items() if "attn1" not in name) == 2
+    assert {each.alpha for each in found["text_encoder"].values()} == {4}
+    deep = with_metadata(tmp_path / "deep.safetensors", setup.a, "[" * 100_000)
+    assert np.array_equal(setup.image(lora(deep)), setup.image(lora(setup.a)))
+    for said in ({"unet.alpha_pattern": {"to_.*": 1}}, {"unet.lora_alpha": "x"}, {"unet.lora_alpha": float("inf")}):
+        bad = with_metadata(tmp_path / "bad.safetensors", setup.a, json.dumps(said))
+        with pytest.raises(ApiError, match="alpha") as caught:
+            setup.image(lora(bad))
+        assert caught.value.code == "INVALID_ADAPTER"
+
+
 def test_what_does_not_fit_is_refused(setup: Setup, tmp_path: Path) -> None:
     halves = setup.halves[0]
     nothing = save_peft(tmp_path / "nothing.safetensors", other_halves(halves, lambda name: f"{name}_not"))
     narrow = save_peft(tmp_path / "narrow.safetensors", other_halves(halves, lambda name: name, narrow=True))
+    empty = save_peft(
+        tmp_path / "empty.safetensors", {k: (a[:0].clone(), b[:, :0].clone()) for k, (a, b) in halves.items()}
+    )
     noise = tmp_path / "noise.safetensors"
     noise.write_bytes(b"no header at all")
-    for path, said in ((nothing, "nothing that fits"), (narrow, "another architecture"), (noise, "cannot be read")):
+    wrong = {nothing: "nothing that fits", noise: "cannot be read"}
+    for path, said in {**wrong, **dict.fromkeys((narrow, empty), "another architecture")}.items():
         with pytest.raises(ApiError, match=said) as caught:
             setup.image(lora(path))
         assert caught.value.code == "INVALID_ADAPTER"
