@@ -13,8 +13,8 @@ from api.models.safetensors_check import MAX_HEADER
 
 _PAIR = re.compile(r"\blora|_lora|lora_|\.lora")
 _OTHERS = {"hada_w1": "a LoHa", "lokr_w1": "a LoKr", "lokr_w2": "a LoKr", "oft_blocks": "an OFT", "glora": "a GLoRA"}
-_CROSS = re.compile(r".*attn2[._].*to[._][kv].*(?:lora_A|lora_down|lora\.down|_lora\.down)\.weight")
-"""The half of a layer that reads the text."""
+_CROSS, _READS = re.compile(r"attn2[._]"), re.compile(r"to[._][kv]")
+_DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight")
 _NAMED = ("emb_params", "clip_l", "clip_g", "text_encoders_0", "text_encoders_1")
 """Keys of vectors that are no token."""
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
@@ -61,8 +61,8 @@ def lora_problem(shapes: Shapes, folder: Path) -> str | None:
     if unet and not any("unet" in name or "text_encoder" in name or "lora_te" in name for name in names):
         return f"is for another family of models: it holds {_some(names)}, and this model has a UNet"
     for name in names:
-        if _CROSS.fullmatch(name) and isinstance(width, int) and shapes[name][1] != width:
-            other = shapes[name][1]
+        other = shapes[name][1] if len(shapes[name]) > 1 else width
+        if isinstance(width, int) and other != width and _reads_text(name):
             of = f", as {_FAMILIES[other]} does" if other in _FAMILIES else ""
             return f"is for a model that reads text as vectors of {other}{of}; this model's are of {width}"
     return None
@@ -92,6 +92,12 @@ def token_of(shapes: Shapes) -> str | None:
     """The token that a file in diffusers' format names; None for others."""
     names = [name for name in shapes if name not in _NAMED]
     return names[0] if len(shapes) == 1 and names and len(shapes[names[0]]) in (1, 2) else None
+
+
+def _reads_text(name: str) -> bool:
+    """Whether a tensor is the half of a layer that reads the text. In steps: names are as long as strangers like."""
+    cross = _CROSS.search(name) if name.endswith(_DOWN) else None
+    return cross is not None and _READS.search(name, cross.end()) is not None
 
 
 def _text_widths(folder: Path) -> Iterator[int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote
 
 import msgspec
 
 from api.errors import ApiError
-from api.models.locations import Location, parse_location
+from api.models.locations import Location, pairs_of, parse_location, redacted
 from api.models.manifest import is_safe_path
 from api.models.names import check_model_id, check_revision
 from api.models.refs import SourceRef
@@ -75,7 +75,7 @@ def _read(item: Any, kind: str, field: str) -> Asked:
 
     def wrong(problem: str) -> ApiError:
         return ApiError(
-            "INVALID_INPUTS", problem, field=field, requested=item, available=[f"#{name}=" for name in known]
+            "INVALID_INPUTS", problem, field=field, requested=_shown(item), available=[f"#{name}=" for name in known]
         )
 
     said = dict(item) if isinstance(item, dict) else {"url": item}
@@ -83,7 +83,7 @@ def _read(item: Any, kind: str, field: str) -> Asked:
     if not isinstance(address, str) or not address.strip() or len(address) > _LONGEST:
         raise wrong('Must be a URL, "owner/repo/file.safetensors", or an object with such a "url".')
     address, _, fragment = address.strip().partition("#")
-    pairs = parse_qsl(fragment, keep_blank_values=True, max_num_fields=8) if fragment else []
+    pairs = pairs_of(fragment)
     names = [*(name for name, _ in pairs), *said]
     if (fragment and not pairs) or len(set(names)) < len(names) or set(names) - set(known):
         raise wrong(f"After # these are known, each once: {', '.join(known)}.")
@@ -97,6 +97,14 @@ def _read(item: Any, kind: str, field: str) -> Asked:
         _scale(said.get("scale", 1.0), wrong),
         _token(said.get("token", ""), wrong),
     )
+
+
+def _shown(item: Any) -> Any:
+    """What was sent, with an address that holds no secret."""
+    if isinstance(item, str):
+        address, mark, fragment = item.partition("#")
+        return redacted(address) + (mark + fragment)[:200]
+    return {**item, "url": _shown(item["url"])} if isinstance(item, dict) and "url" in item else item
 
 
 def _text(value: Any, wrong: Any) -> str:

@@ -193,7 +193,15 @@ def parse_location(
     except ValueError as fault:
         message = f"{fault}" if str(fault).endswith(".") else "This is not a URL that can be read."
         # "from None": the fault's text may hold the URL
-        raise ApiError("INVALID_INPUTS", message, field=field, requested=_redacted(url), available=FORMS) from None
+        raise ApiError("INVALID_INPUTS", message, field=field, requested=redacted(url), available=FORMS) from None
+
+
+def pairs_of(fragment: str) -> list[tuple[str, str]]:
+    """What follows the ``#`` of an address, as names and values; none where it cannot be read."""
+    try:
+        return parse_qsl(fragment, keep_blank_values=True, max_num_fields=8)
+    except ValueError:  # there are more than that
+        return []
 
 
 def _suffix(name: str) -> str:
@@ -207,7 +215,7 @@ def _kind(name: str) -> Kind:
 
 
 def _read_fragment(fragment: str) -> tuple[str | None, str | None]:
-    pairs = parse_qsl(fragment, keep_blank_values=True, max_num_fields=8)
+    pairs = pairs_of(fragment)
     known = dict(pairs)
     if fragment and (not pairs or len(known) != len(pairs) or known.keys() - {"fname", "sha256"}):
         # ignoring a misspelt sha256 would leave a file unverified that was to be verified
@@ -306,7 +314,7 @@ def _unsigned(url: str) -> str:
     return base + ("?" + "&".join(kept) if kept else "")
 
 
-def _redacted(url: str) -> str:
+def redacted(url: str) -> str:
     """A URL that could not be read, without anything that may be a secret."""
     shown = re.split(r"[?#]", _CONTROL.sub("�", url), maxsplit=1)[0]
     return re.sub(r"^([^:]*:/*)?.*@", r"\1", shown, flags=re.DOTALL)[:200]

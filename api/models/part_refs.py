@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import posixpath
 from typing import NamedTuple
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 from api.errors import ApiError
-from api.models.locations import Location, parse_location
+from api.models.locations import Location, pairs_of, parse_location
 from api.models.manifest import is_safe_path
 from api.models.names import check_model_id, check_revision
 from api.models.parts import is_file
@@ -47,7 +47,7 @@ def read_part(
         ApiError: INVALID_INPUTS.
     """
     base, _, fragment = text.strip().partition("#")
-    pairs = parse_qsl(fragment, keep_blank_values=True, max_num_fields=8) if fragment else []
+    pairs = pairs_of(fragment)
     said = dict(pairs)
     is_url = "://" in base
     place = ("fname", "sha256") if is_url else ("revision",)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from api.errors import ApiError
 from api.models.addresses import is_public
-from api.models.locations import Location, parse_location
+from api.models.locations import Location, parse_location, redacted
 from api.schema.images import IMAGE_FORMATS
 from api.service.fetch import check_scheme
 from api.settings import Settings
@@ -86,7 +86,13 @@ def _numbered(url: str, images: int) -> tuple[str, ...]:
 
 def _destination(url: str, number: int, image_format: str, job_id: str, settings: Settings) -> Destination:
     if not _S3.match(url):
-        check_scheme(url, FIELD)
+        try:
+            check_scheme(url, FIELD)
+        except ApiError as error:
+            raise ApiError(error.code, error.message, field=FIELD, requested=redacted(url)) from None
+        if "@" in urlsplit(url).netloc:
+            message = "No user name or password is sent with an upload; use a presigned URL."
+            raise ApiError("INVALID_INPUTS", message, field=FIELD, requested=redacted(url))
         return Destination(url)
     if url.endswith("/") and url.count("/") > 3:
         url += f"{job_id}-{number}"

@@ -147,7 +147,7 @@ def _check_fit(one: Added, model: InstalledModel, encoder: Added) -> None:
     shapes, field, name = _shapes(path), one.wanted.field, f"{one.shown}/{one.model.part}"
     image = {key.partition(".")[2]: shape for key, shape in shapes.items() if key.startswith("image_proj.")}
     keys = [shape for key, shape in shapes.items() if key.startswith("ip_adapter.") and key.endswith("to_k_ip.weight")]
-    if not image or not keys:
+    if not image or not keys or not all(keys):
         message = f"{name} is no IP-Adapter: it has no weights called image_proj.… and ip_adapter.…"
         raise ApiError("INVALID_INPUTS", message, field=field, requested=name)
     if _is_of_faces(image):
@@ -168,7 +168,7 @@ def _check_fit(one: Added, model: InstalledModel, encoder: Added) -> None:
         (kind for kind in (("proj.weight", "projection_dim"), ("proj.0.weight", "hidden_size"),
                            ("proj_in.weight", "hidden_size")) if kind[0] in image), ("", ""),
     )  # fmt: skip
-    if entry and isinstance(config.get(value), int) and image[entry][-1] != config[value]:
+    if entry and image[entry] and isinstance(config.get(value), int) and image[entry][-1] != config[value]:
         message = (
             f"{name} looks through another image encoder than {encoder.shown}/{encoder.model.part}: it takes "
             f"{image[entry][-1]} values, that gives {config[value]}. Name the right one with #encoder=."

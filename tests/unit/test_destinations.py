@@ -60,6 +60,8 @@ def test_a_key_has_the_extension_of_its_format() -> None:
         ("s3:///pictures/b.png#fname=x", 1, "INVALID_INPUTS", "#"),
         ("s3://", 1, "INVALID_INPUTS", "names no object"),
         ("ftp://host/b.png", 1, "URL_NOT_ALLOWED", "http"),
+        ("ftp://me:secret@host/b.png?sig=secret", 1, "URL_NOT_ALLOWED", "http"),
+        ("https://me:secret@host/b.png?sig=secret", 1, "INVALID_INPUTS", "user name"),
         ("file:///etc/passwd", 1, "URL_NOT_ALLOWED", "http"),
         ([], 1, "INVALID_INPUTS", "a URL"),
         (3, 1, "INVALID_INPUTS", "a URL"),
@@ -70,6 +72,7 @@ def test_what_is_not_a_place_for_images(url: Any, images: int, code: str, says: 
         where(url, images)
     assert (caught.value.code, caught.value.field) == (code, "callInputs.output_url")
     assert says in caught.value.message
+    assert "secret" not in f"{caught.value.message} {caught.value.requested}"
 
 
 def test_without_a_bucket_nothing_goes_to_s3() -> None:

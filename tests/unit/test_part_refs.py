@@ -82,6 +82,11 @@ def test_what_is_no_name(text: str, single: bool, said: str | None) -> None:
     assert (caught.value.code, caught.value.field) == ("INVALID_INPUTS", "f")
 
 
+def test_more_than_there_are_names() -> None:
+    with pytest.raises(ApiError, match="each once"):
+        read_part("o/r#" + "&".join("abcdefghij"), "f", SETTINGS, "")
+
+
 def test_credentials_are_not_told() -> None:
     with pytest.raises(ApiError) as caught:
         read_part("https://me:pa55word@host/folder/?token=s3cr3t", "f", SETTINGS, "")
