@@ -14,6 +14,8 @@ import re
 from api.schema.phrases import DEEPEST, HEAVIEST, Phrase, Prompt, Section, SyntaxFault, joined
 
 _MORE, _LESS = 1.1, 0.9
+_MOST_SIGNS = 1000
+"""Behind one word that count: no weight is that large, and more of them are no number."""
 _NUMBER = r"\d++\.?+\d*+|\.\d++"
 _SIGNS = r"(?P<signs>\++|-+)"
 _ATTEND = rf"\.attend\(\s*(?:(?P<attend_signs>\++|-+)|(?P<attend>{_NUMBER}))\s*\)"
@@ -142,5 +144,5 @@ def _factor(match: re.Match[str]) -> float:
     """What the operator behind a word or a bracket says; 1: there is none."""
     said = match.groupdict()
     if signs := said["signs"] or said["attend_signs"]:
-        return float((_MORE if signs[0] == "+" else _LESS) ** len(signs))
+        return float((_MORE if signs[0] == "+" else _LESS) ** min(len(signs), _MOST_SIGNS))
     return float(said.get("number") or said["attend"] or 1)

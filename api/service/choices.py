@@ -112,6 +112,7 @@ def check_early(options: dict[str, Any], model_inputs: dict[str, Any], code: Com
         ApiError: NO_SUCH_PIPELINE, NO_SUCH_SCHEDULER, UNKNOWN_INPUT, INVALID_INPUTS.
     """
     choose_encoding(options)
+    checks.check_lengths(model_inputs)
     check_syntax(options, model_inputs)
     known = catalogue()
     pipeline, scheduler = None if code else options.get("PIPELINE"), options.get("SCHEDULER")

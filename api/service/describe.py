@@ -158,7 +158,7 @@ def _limits(name: str, model: InstalledModel, settings: Settings) -> dict[str, A
         found["multipleOf"] = low = model.size_multiple
         # the other side is a 32nd of it at least
         high = math.isqrt(32 * settings.max_pixels) // model.size_multiple * model.size_multiple
-    if name in ("prompt", "negative_prompt"):
+    if checks.is_prompt(name):
         found["maxLength"] = checks.MAX_PROMPT
     if low > -math.inf:
         found["minimum"] = low

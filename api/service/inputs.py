@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import orjson
@@ -22,6 +23,7 @@ MAX_SEED = 2**64 - 1
 _MAX_WHOLE = 2**63
 _MAX_DEPTH = 8
 MAX_PROMPT = 20_000
+_PROMPT = re.compile(r"(?:\w+_)?prompt(?:_\d)?")
 MAX_PICTURES = 16
 """Pictures under one name."""
 
@@ -256,14 +258,28 @@ def _check_prompts(inputs: dict[str, Any], accepted: dict[str, Input]) -> None:
         if spec.required and inputs.get(name) is None:
             what = "an image" if spec.is_picture else name
             raise ApiError("MISSING_INPUT", f"This pipeline needs {what}.", field=f"modelInputs.{name}")
-    for name, value in (("prompt", prompt), ("negative_prompt", negative)):
-        texts = value if isinstance(value, list) else [value or ""]
-        if any(len(text) > MAX_PROMPT for text in texts):
-            raise ApiError("LIMIT_EXCEEDED", f"At most {MAX_PROMPT} characters.", field=f"modelInputs.{name}")
+    check_lengths(inputs)
     if isinstance(negative, str) and isinstance(prompt, list):
         inputs["negative_prompt"] = [negative] * len(prompt)
     elif isinstance(negative, list) and (not isinstance(prompt, list) or len(negative) != len(prompt)):
         raise _invalid("negative_prompt", "A list goes with a list of prompts of the same length.")
+
+
+def is_prompt(name: str) -> bool:
+    """Whether an input is called as a prompt is: ``prompt``, ``prompt_2``, ``negative_prompt``."""
+    return _PROMPT.fullmatch(name) is not None
+
+
+def check_lengths(inputs: dict[str, Any]) -> None:
+    """Check how long the prompts are, before anything reads them.
+
+    Raises:
+        ApiError: LIMIT_EXCEEDED.
+    """
+    for name, value in inputs.items():
+        texts = value if isinstance(value, list) else [value]
+        if is_prompt(name) and any(isinstance(text, str) and len(text) > MAX_PROMPT for text in texts):
+            raise ApiError("LIMIT_EXCEEDED", f"At most {MAX_PROMPT} characters.", field=f"modelInputs.{name}")
 
 
 def _check_steps(inputs: dict[str, Any], accepted: dict[str, Input], settings: Settings) -> None:

@@ -29,6 +29,7 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], int, str, str]] = [
     ("empty list of prompts", {"prompt": []}, {}, 400, "INVALID_INPUTS", "modelInputs.prompt"),
     ("mixed list of prompts", {"prompt": ["a", 1]}, {}, 400, "INVALID_INPUTS", "modelInputs.prompt"),
     ("object as prompt", {"prompt": {"a": 1}}, {}, 400, "INVALID_INPUTS", "modelInputs.prompt"),
+    ("endless second prompt", {**P, "prompt_2": "a" * 20_001}, {"MODEL_ID": "not/here"}, 400, "LIMIT_EXCEEDED", "modelInputs.prompt_2"),
     ("endless prompt", {"prompt": "a" * 20_001}, {}, 400, "LIMIT_EXCEEDED", "modelInputs.prompt"),
     ("misspelt input", {**P, "num_inference_step": 2}, {}, 400, "UNKNOWN_INPUT", "modelInputs.num_inference_step"),
     ("input of another pipeline", {**P, "strength": 0.5}, {}, 400, "UNKNOWN_INPUT", "modelInputs.strength"),

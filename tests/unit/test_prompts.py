@@ -78,6 +78,7 @@ def test_break_begins_a_section_also_within_brackets() -> None:
         ('("a", "b(").and()', "compel", 9, "never closed"),
         ('c ("a", "b").and()', "compel", 13, "whole prompt"),
         ("(a)11", "compel", 2, "from 0 to 10"),
+        ("a" + "+" * 9000, "compel", 1, "from 0 to 10"),
     ],
 )
 def test_faults_say_where(text: str, syntax: str, at: int, says: str) -> None:
