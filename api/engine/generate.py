@@ -27,6 +27,7 @@ from api.engine.device import Device, is_fatal
 from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
 from api.engine.extras import Extras
+from api.engine.ip_adapters import clear as clear_ip_adapters
 from api.engine.ip_adapters import ip_arguments, with_ip_adapters
 from api.engine.line import Line, out_of_memory
 from api.engine.loader import LoadedModel, PartLoader
@@ -120,7 +121,7 @@ class Engine:
 
     def _clear(self) -> bool:
         """Forget what the device holds beside models for jobs to come; whether there was anything."""
-        return any([self.adapters.clear(), self.embeddings.clear()])
+        return any([self.adapters.clear(), self.embeddings.clear(), clear_ip_adapters()])
 
     def close(self) -> None:
         """End the threads."""

@@ -67,6 +67,14 @@ def ip_arguments(request: GenerationRequest, pictures: dict[str, Any]) -> dict[s
     return pictures | {"ip_adapter_image": for_each(request.ip_adapters, pictures["ip_adapter_image"])}
 
 
+def clear() -> bool:
+    """Forget the copies that no running job uses; whether there were any."""
+    with _lock:
+        there = any(_made.values())
+        _made.clear()
+    return there
+
+
 def _adapted(unet: nn.Module, adapters: Sequence[IpAdapter]) -> nn.Module:
     files = tuple((adapter.file, adapter.revision) for adapter in adapters)
     scales = tuple(adapter.scale for adapter in adapters)
@@ -100,7 +108,9 @@ def _loaded(unet: Any, adapters: Sequence[IpAdapter]) -> nn.Module:
     vars(own)["to"] = lambda *args, **kwargs: own  # what is shared stays where it is, and as it is
     try:
         own._load_ip_adapter_weights(states, low_cpu_mem_usage=False)  # the other way patches torch process-wide
-    except (KeyError, RuntimeError, ValueError) as fault:
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, ArithmeticError, RuntimeError, ValueError, TypeError, AttributeError) as fault:
         raise _does_not_fit(adapters[0] if len(adapters) == 1 else None, str(fault)[:300]) from fault
     finally:
         del vars(own)["to"]

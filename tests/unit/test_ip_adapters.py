@@ -16,6 +16,7 @@ from transformers import CLIPVisionModelWithProjection
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine
+from api.engine.ip_adapters import _made, clear
 from api.errors import ApiError
 from api.schema.generation import Addition, GenerationRequest, IpAdapter, Lora, ModelRef, Pictures
 from tests.adapters import lora, random_halves, save_peft
@@ -214,6 +215,15 @@ def test_one_for_another_model_is_refused(made: Made, tmp_path: Path) -> None:
         made.draw(GenerationRequest(**{**fields, "ip_adapters": wrong}))
     assert caught.value.code == "INVALID_INPUTS"
     assert differ(made.draw(request), made.plain([("one", 1.0, [1])])) <= TOLERANCE
+
+
+def test_copies_leave_when_memory_is_short(made: Made) -> None:
+    made.draw(made.request([("one", 1.0, [1])]))
+    assert any(_made.values())
+    assert made.engine._clear()
+    assert not any(_made.values())
+    assert not clear()
+    assert differ(made.draw(made.request([("one", 1.0, [1])])), made.plain([("one", 1.0, [1])])) <= TOLERANCE
 
 
 @pytest.mark.parametrize("way", ["model", "sequential"])
