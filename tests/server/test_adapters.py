@@ -144,7 +144,13 @@ def test_pickles_are_converted(world: World) -> None:
     """By torch's weights-only loader; what holds anything else is refused, and nothing of it stays."""
     site, (rows,) = world.site, load_file(ROOT / "models" / "adapters" / "sun.safetensors").values()
     weights = site.put("/one.bin", pickled(load_file(world.made / "one.safetensors")))
-    assert np.array_equal(draw(world.server, lora_weights=weights)[0], world.lora)
+    picture, answer = draw(world.server, lora_weights=weights)
+    assert np.array_equal(picture, world.lora)
+    (told,) = answer["$meta"]["lora_weights"]
+    again = site.put("/again.bin", pickled(load_file(world.made / "one.safetensors")))
+    assert np.array_equal(draw(world.server, lora_weights={**told, "url": again})[0], world.lora)  # as where it is not
+    wrong = {**told, "url": site.put("/wrong.bin", pickled({"<sun>": rows}))}
+    refused(world.server.post(PROMPT, {"lora_weights": wrong}), "MODEL_CORRUPT")
     forms = {"/sun.bin": {"<sun>": rows}, "/sun.pt": {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}}}
     inputs = {"prompt": "a <sun> on black", "seed": 1, "num_inference_steps": 4}
     expected = images_of(world.server.post(inputs, {"textual_inversions": SUN}).json())[0]
@@ -230,6 +236,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "two words": ({"textual_inversions": f"{SUN}#token=a b"}, "INVALID_INPUTS", "one word"),
     "a number": ({"lora_weights": 5}, "INVALID_INPUTS", "Must be a URL"),
     "scale": ({"lora_weights": f"{SUN}#scale=much"}, "INVALID_INPUTS", "scale must be a number"),
+    "of one number": ({"lora_weights": "{site}/scalar.safetensors"}, "INVALID_ADAPTER", "nothing that fits"),
     "misspelt": ({"lora_weights": ["a/b", f"{SUN}#scael=1"]}, "INVALID_INPUTS", "these are known"),
     "no name": ({"lora_weights": "just-a-name"}, "INVALID_INPUTS", "org/name"),
     "out of its folder": ({"lora_weights": "demo/adapters/../shapes/unet.safetensors"}, "INVALID_INPUTS", "not a path"),
@@ -248,6 +255,7 @@ def test_what_is_wrong_is_said(world: World, case: str) -> None:
         "flux": {"transformer.x.lora_A.weight": torch.zeros(4, 3072)},
         "sdxl": {lora: torch.zeros(4, 2048)},
         "wide": {"<w>": torch.zeros(768)},
+        "scalar": {lora: torch.zeros(128)},
         "nothing": {"unet.nowhere.lora_A.weight": torch.zeros(4, 8), "unet.nowhere.lora_B.weight": torch.zeros(8, 4)},
     }
     for name, tensors in files.items():

@@ -11,7 +11,7 @@ from api.errors import ApiError
 from api.models.adapters import ADAPTER_FILE, FIELDS
 from api.models.conversion import convert_adapter
 from api.models.keys import LocatedFiles, model_key
-from api.models.manifest import FileEntry, OnProgress
+from api.models.manifest import FileEntry, OnProgress, sha256_of
 from api.models.refs import SourceRef
 from api.models.sources import remote
 from api.models.sources.source import Got, Source
@@ -41,6 +41,7 @@ class AdapterSource(Source):
             message = f"{ref.model_id} is a pickle, and this server takes none (ALLOW_PICKLE=0); use a .safetensors."
             raise ApiError("PICKLE_NOT_ALLOWED", message, field=self._field)
         self._remote = found = remote.find(ref.checkpoint, settings, ref.trusted)
+        self._sha256 = ref.checkpoint.sha256
         self.is_known = found.is_known
         # the same file may be a checkpoint, which lies elsewhere
         self.key = model_key(LocatedFiles(found.location, found.version, config_version="adapter"))
@@ -53,6 +54,8 @@ class AdapterSource(Source):
         download, target = folder / _DOWNLOAD, folder / ADAPTER_FILE
         # by a name that says nothing: torch goes by its end before it looks into a file
         wanted = msgspec.structs.replace(self._remote.wanted, path="adapter")
+        if self._sha256:  # compared below, when both digests are known that it may be
+            wanted = msgspec.structs.replace(wanted, sha256=None)
         (got,) = download_many([wanted], download, on_progress=on_progress, policy=self._remote.policy)
         is_same = convert_adapter(
             download / wanted.path,
@@ -63,5 +66,10 @@ class AdapterSource(Source):
             field=self._field,
         )
         shutil.rmtree(download)
-        entry = FileEntry(ADAPTER_FILE, target.stat().st_size, got.sha256 if is_same else None)
-        return Got((entry,), verified=got.verified)
+        sha256 = got.sha256 if is_same else sha256_of(target)
+        # that of the file that lies there, or of what was made of it, which $meta tells
+        if self._sha256 not in (None, got.sha256, sha256):
+            message = f"The sha256 of {self._name} is {got.sha256}, not {self._sha256}."
+            raise ApiError("MODEL_CORRUPT", message, field=self._field, requested=self._name)
+        entry = FileEntry(ADAPTER_FILE, target.stat().st_size, sha256)
+        return Got((entry,), verified=got.verified or self._sha256 is not None)
