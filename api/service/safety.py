@@ -7,9 +7,6 @@ from typing import Any
 from api.errors import ApiError
 from api.models.description import InstalledModel
 
-MODES = ("auto", "required", "off")
-"""``auto``: it runs unless a request says otherwise; ``required``: always; ``off``: where a request asks for it."""
-
 
 def choose_safety(options: dict[str, Any], model: InstalledModel, mode: str) -> bool:
     """Whether the safety checker is to run, where the model has one.
@@ -17,7 +14,8 @@ def choose_safety(options: dict[str, Any], model: InstalledModel, mode: str) -> 
     Args:
         options: checked ``callInputs``.
         model: what is run.
-        mode: SAFETY_CHECKER.
+        mode: SAFETY_CHECKER: ``auto``, it runs unless a request says otherwise; ``required``, always; ``off``, where a
+            request asks for it.
 
     Raises:
         ApiError: SAFETY_REQUIRED; INVALID_INPUTS: something would show what the checker hides.
