@@ -136,8 +136,8 @@ def _complete(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
         if match := _KOHYA.fullmatch(name):
             groups.setdefault(match[1], set()).add(match[2])
     if not groups:
-        left = [name for name in tensors if "dora_scale" in name]  # what diffusers leaves out itself
-        return {name: tensor for name, tensor in tensors.items() if name not in left}, left
+        left = {name: tensor for name, tensor in tensors.items() if "dora_scale" in name}  # as diffusers does itself
+        return {name: tensor for name, tensor in tensors.items() if name not in left}, list(left)
 
     def is_known(name: str) -> bool:
         match = _KOHYA.fullmatch(name)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from api.models.parts import config_in
 from api.models.safetensors_check import MAX_HEADER
 
 _PAIR = re.compile(r"\blora|_lora|lora_|\.lora")
@@ -19,6 +19,10 @@ _NAMED = ("emb_params", "clip_l", "clip_g", "text_encoders_0", "text_encoders_1"
 """Keys of vectors that are no token."""
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
+_MOST_TENSORS, _LONGEST_NAME = 50_000, 500
+_MOST_VECTORS = 256
+"""Of one word: CLIP reads 75 at once."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -26,19 +30,30 @@ class _Tensor(msgspec.Struct):
     shape: tuple[int, ...]
 
 
-def read_shapes(path: Path) -> Shapes:
+def read_shapes(path: Path, most: int = MAX_HEADER) -> Shapes:
     """The shapes of a safetensors file's tensors, by name.
+
+    Args:
+        path: of the file.
+        most: bytes that its header may have.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no safetensors file.
+        ValueError: it is no safetensors file, or has more tensors or longer names than any adapter.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
+        if length > most:
             raise ValueError("its header is too long")
-        parts = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
-    return {k: msgspec.json.decode(v, type=_Tensor).shape for k, v in parts.items() if k != "__metadata__"}
+        header = file.read(length)
+    try:
+        parts = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        shapes = {k: msgspec.json.decode(v, type=_Tensor).shape for k, v in parts.items() if k != "__metadata__"}
+    except (msgspec.DecodeError, RecursionError) as fault:
+        raise ValueError("its header is not that of a safetensors file") from fault
+    if len(shapes) > _MOST_TENSORS or any(len(name) > _LONGEST_NAME for name in shapes):
+        raise ValueError(f"it has more than {_MOST_TENSORS} tensors, or names of more than {_LONGEST_NAME} characters")
+    return shapes
 
 
 def lora_problem(shapes: Shapes, folder: Path) -> str | None:
@@ -56,7 +71,7 @@ def lora_problem(shapes: Shapes, folder: Path) -> str | None:
         if token_of(shapes) is not None or any(name in _NAMED for name in names):
             return "is a textual inversion: name it in textual_inversions"
         return f"is no LoRA: it holds {_some(names)}"
-    unet = _config(folder / "unet")
+    unet = config_in(folder / "unet")
     width = unet.get("cross_attention_dim")
     if unet and not any("unet" in name or "text_encoder" in name or "lora_te" in name for name in names):
         return f"is for another family of models: it holds {_some(names)}, and this model has a UNet"
@@ -81,6 +96,9 @@ def inversion_problem(shapes: Shapes, folder: Path) -> str | None:
         return "is a LoRA: name it in lora_weights"
     if not vectors:
         return f"is no textual inversion: it holds {_some(list(shapes))}"
+    most = max((shape[0] for shape in vectors.values() if len(shape) == 2), default=1)
+    if most > _MOST_VECTORS:
+        return f"has {most} vectors for one word, and there may be {_MOST_VECTORS}"
     if widths and not any(shape[-1] in widths for shape in vectors.values()):
         has = sorted({shape[-1] for shape in vectors.values()})
         told = " and ".join(map(str, widths))
@@ -102,17 +120,10 @@ def _reads_text(name: str) -> bool:
 
 def _text_widths(folder: Path) -> Iterator[int]:
     for path in sorted(folder.glob("text_encoder*")):
-        config = _config(path)
+        config = config_in(path)
         width = config.get("hidden_size") or config.get("d_model")
         if isinstance(width, int):
             yield width
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return {}
 
 
 def _some(names: list[str]) -> str:

@@ -44,6 +44,14 @@ def configuration(folder: Path, part: str) -> dict[str, Any]:
     return msgspec.json.decode(marker(folder, part).read_bytes(), type=dict[str, Any])
 
 
+def config_in(folder: Path) -> dict[str, Any]:
+    """The configuration of a component in its folder; empty where there is none that can be read."""
+    try:
+        return msgspec.json.decode((folder / CONFIG).read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+
+
 def class_of(config: dict[str, Any]) -> str:
     """The class that a configuration names: diffusers' ``_class_name``, or transformers' ``architectures``; or none."""
     named = config.get("architectures")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
 
 from api.errors import ApiError
 from api.models.description import InstalledModel
+from api.models.parts import config_in
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, WithControlNet, catalogue, nearest
 from api.service.additions import Added
 from api.service.fitting import misfit
@@ -125,9 +123,9 @@ def check_fit(model: InstalledModel, nets: Sequence[Added]) -> dict[str, WithCon
 
 def _check_shapes(model: InstalledModel, nets: Sequence[Added]) -> None:
     """Whether ControlNets have the shape of what they are to control, as far as their configurations say."""
-    theirs = _config(model.folder / "unet") or _config(model.folder / "transformer")
+    theirs = config_in(model.folder / "unet") or config_in(model.folder / "transformer")
     for net in nets:
-        ours = _config(net.model.folder / net.model.part)
+        ours = config_in(net.model.folder / net.model.part)
         for name in _SAME:
             is_, wanted = ours.get(name), theirs.get(name)
             if is_ is not None and wanted is not None and is_ != wanted:
@@ -136,13 +134,6 @@ def _check_shapes(model: InstalledModel, nets: Sequence[Added]) -> None:
                     f"the model's is {wanted}."
                 )
                 raise ApiError("INVALID_INPUTS", message, field=net.wanted.field, requested=net.shown)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError):
-        return {}
 
 
 def _pipeline(

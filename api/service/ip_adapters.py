@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
 from api.errors import ApiError
+from api.models.adapter_header import Shapes, read_shapes
 from api.models.description import InstalledModel
 from api.models.part_refs import PartRef, read_part, repeated
+from api.models.parts import config_in
 from api.models.refs import SourceRef
 from api.schema.catalogue import catalogue
 from api.schema.generation import IpAdapter
@@ -153,14 +153,14 @@ def _check_fit(one: Added, model: InstalledModel, encoder: Added) -> None:
     if _is_of_faces(image):
         message = f"{name} takes the embedding of a face, which is not computed here; use one that takes pictures."
         raise ApiError("NOT_SUPPORTED", message, field=field, requested=name)
-    theirs = _config(model.folder / "unet").get("cross_attention_dim")
+    theirs = config_in(model.folder / "unet").get("cross_attention_dim")
     if isinstance(theirs, int) and keys[0][-1] != theirs:
         message = (
             f"{name} was made for another kind of model than {model.model_id}: it has {keys[0][-1]} values for each "
             f"token, the model has {theirs}."
         )
         raise ApiError("INVALID_INPUTS", message, field=field, requested=name)
-    config = _config(encoder.model.folder / encoder.model.part)
+    config = config_in(encoder.model.folder / encoder.model.part)
     if not config.get("image_size") or not encoder.model.class_name.startswith("CLIPVision"):
         message = f"{encoder.shown}/{encoder.model.part} is no image encoder of CLIP."
         raise ApiError("INVALID_INPUTS", message, field=field, requested=encoder.model.class_name or None)
@@ -183,22 +183,11 @@ def _is_of_faces(image: dict[str, Any]) -> bool:
     return "norm.weight" in image and not {"proj.weight", "proj.3.weight"} & image.keys()
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def _shapes(path: Path) -> Shapes:
     """The shapes in a safetensors file, which is whole; nothing for one that is none."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size) if size <= _HEADER else b"{}"
     try:
-        found = msgspec.json.decode(header, type=dict[str, dict[str, Any]])
-    except msgspec.DecodeError:
-        return {}
-    return {name: entry["shape"] for name, entry in found.items() if name != "__metadata__"}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError):
+        return read_shapes(path, _HEADER)
+    except ValueError:
         return {}
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from api.errors import ApiError
-from api.models.adapter_header import lora_problem
+from api.models.adapter_header import inversion_problem, lora_problem, read_shapes
 from api.models.adapters import INVERSION, LORA, read_asked
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.{}.weight"
@@ -41,6 +43,29 @@ def test_other_layers_say_nothing(model: Path, name: str) -> None:
 def test_a_name_without_end(model: Path) -> None:
     """It takes as long as it is, not the third power of that."""
     assert lora_problem({"unet.lora_" + "attn2_to_k" * 20_000: (4, 2048)}, model) is None
+
+
+@pytest.mark.parametrize("names", [["x" * 501], [f"lora_{number}" for number in range(50_001)]])
+def test_more_than_any_adapter_has(names: list[str], tmp_path: Path) -> None:
+    """It would be told in messages and in ``$meta``, and looked through by converters that count on less."""
+    save_file({name: torch.zeros(0) for name in names}, tmp_path / "x")
+    with pytest.raises(ValueError, match="more than"):
+        read_shapes(tmp_path / "x")
+    fewer = [name[1:] for name in names[1:] or names]
+    save_file({name: torch.zeros(0) for name in fewer}, tmp_path / "x")
+    assert read_shapes(tmp_path / "x") == dict.fromkeys(fewer, (0,))
+
+
+@pytest.mark.parametrize("header", [b"{", b"[1]", b'{"x": 5}', b'{"x": {"dtype": "F32"}}', b"\xff", b"[" * 100_000])
+def test_what_is_no_header(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="header"):
+        read_shapes(tmp_path / "x")
+
+
+def test_words_of_many_vectors(model: Path) -> None:
+    assert inversion_problem({"<x>": (256, 768)}, model) is None
+    assert "257 vectors" in (inversion_problem({"<x>": (257, 768)}, model) or "")
 
 
 def test_more_than_there_are_names() -> None:
