@@ -76,3 +76,15 @@ def save_tiny(folder: Path, seed: int = 0, nsfw: bool | None = None) -> None:
         requires_safety_checker=nsfw is not None,
     )
     pipe.save_pretrained(folder)
+
+
+def save_wide(folder: Path, seed: int = 0) -> None:
+    """The same with an autoencoder that takes more memory than the denoiser, as real ones do."""
+    save_tiny(folder, seed)
+    AutoencoderKL(
+        block_out_channels=[16, 16, 16],
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+    ).save_pretrained(folder / "vae")

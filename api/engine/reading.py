@@ -115,8 +115,8 @@ def _map(header: Header) -> mmap.mmap:
     except (OSError, ValueError) as fault:
         raise _fault(header.path, fault) from fault
 
-    # small pages: a cold file in large ones takes twice as long, where the memory for them comes from a hypervisor
-    # a page that cannot be read is an error here, and would be a signal that kills the process later
+    # a page that cannot be read is an error here, and would be a signal that kills the process later; no MADV_HUGEPAGE:
+    # a cold file took twice as long so on a virtual machine
     def bring(begin: int) -> None:
         if number := advise(pages, begin, min(32 * _BLOCK, header.size - begin), _POPULATE_READ):
             raise _fault(header.path, OSError(number, os.strerror(number)))

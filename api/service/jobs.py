@@ -93,9 +93,11 @@ class Job:
         """The same for two jobs that ask for the same."""
         request = self.request
         pictures = {n: [p.sha256 for p in each_picture({n: found})] for n, found in request.pictures.items()}
+        pipeline = request.pipeline, request.method, request.code, request.prompt_syntax
         scheduler = request.scheduler, request.scheduler_args
         adapters = request.loras, request.inversions, request.ip_adapters
-        parts = [request.model.key, request.pipeline, scheduler, request.inputs, pictures, request.attention, adapters]
+        held = request.attention, request.offload, request.low_vram
+        parts = [request.model.key, pipeline, scheduler, request.inputs, pictures, adapters, held]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
     @property

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from api.errors import ApiError
-from api.schema.generation import GenerationRequest, GenerationResult, Inversion, Lora, ModelRef
+from api.schema.generation import Code, GenerationRequest, GenerationResult, Inversion, Lora, ModelRef
 from api.schema.messages import Computed, Done, Failed, FromWorker, Held, Loaded, Memory, Ready
 from api.service.blame import Blame
 from api.service.dispatch import Dispatcher
@@ -360,3 +360,20 @@ async def test_the_volume_keeps_the_adapters_of_jobs() -> None:
     job.request = msgspec.structs.replace(job.request, loras=loras, inversions=inversions)
     pool.submit(job)
     assert pool.dispatcher.folders() == {"a", "lora@1", "word@2"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"method": "img2img"},
+        {"code": Code("/p.py", "0", "P")},
+        {"prompt_syntax": "compel"},
+        {"offload": "model"},
+        {"loras": (Lora("l", "/v/lora@1/a.safetensors", "0", 1.0),)},
+    ],
+)
+async def test_what_is_run_in_another_way_is_not_blamed_for_a_death(other: dict[str, Any]) -> None:
+    one, again = a_job("1", prompt="p"), a_job("2", prompt="p")
+    assert one.fingerprint == again.fingerprint
+    another = Job(msgspec.structs.replace(again.request, **other))
+    assert another.fingerprint != one.fingerprint

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 from api.engine.budgets import Budgets
 from api.engine.device import Device
@@ -23,7 +23,7 @@ from api.engine.placement import codec_of
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef, Picture
 from tests.budgeted import Allocator, Apart, Counting, Outside
-from tests.tiny import save_tiny
+from tests.tiny import save_wide
 
 TOLERANCE = 1
 """Levels of 255: kernels sum in another order for another number of rows."""
@@ -35,15 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[ModelRef]:
     found = []
     for seed in range(2):
         folder = tmp_path_factory.mktemp(f"tiny-{seed}")
-        save_tiny(folder, seed)
-        # one that takes more memory than the denoiser, as real ones do
-        AutoencoderKL(
-            block_out_channels=[16, 16, 16],
-            down_block_types=["DownEncoderBlock2D"] * 3,
-            up_block_types=["UpDecoderBlock2D"] * 3,
-            norm_num_groups=4,
-            latent_channels=4,
-        ).save_pretrained(folder / "vae")
+        save_wide(folder, seed)
         found.append(ModelRef(f"tiny/{seed}", "main", "fp32", str(folder)))
     return found
 

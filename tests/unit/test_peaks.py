@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from api.engine.calls import Ticket
@@ -21,7 +20,7 @@ from api.engine.generate import Engine
 from api.engine.peaks import About, Peaks
 from api.engine.placement import build_of
 from api.schema.generation import ModelRef
-from tests.tiny import save_tiny
+from tests.tiny import save_wide
 from tests.unit.test_offload import Setup, a_request
 
 
@@ -128,14 +127,7 @@ def test_rows_that_fit_in_what_is_free() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
     folder: Path = tmp_path_factory.mktemp("wide")
-    save_tiny(folder)
-    AutoencoderKL(
-        block_out_channels=[16, 16, 16],
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        norm_num_groups=4,
-        latent_channels=4,
-    ).save_pretrained(folder / "vae")
+    save_wide(folder)
     return ModelRef("tiny/wide", "main", "fp32", str(folder))
 
 
