@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
+from api.engine.device import Device
+from api.engine.loader import load
 from api.engine.tokenizers import taking_turns
+from api.schema.generation import ModelRef
+from tests.families import save_family
 from tests.running import ROOT
 
 LENGTHS = (7, 20, 33, 60)
@@ -65,3 +73,22 @@ def test_they_stay_what_they_are(components: dict[str, Any]) -> None:
     assert type(turned["processor"]).__name__ == "CLIPProcessor"
     assert turned["scheduler"] is components["scheduler"] and turned["none"] is None
     assert components["processor"].tokenizer is components["tokenizer"]  # the model's own is left as it was
+
+
+def test_a_tokenizer_that_is_only_a_model_of_sentencepiece(tmp_path: Path) -> None:
+    """As PixArt and others are saved: no tokenizer.json, which is made when it is read."""
+    folder = tmp_path / "pixart"
+    save_family("pixart", folder)
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    prompt = "a red circle on a blue background"
+    lines = (f"{prompt} number {number}" for number in range(200))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=str(folder / "tokenizer" / "spiece"), vocab_size=50, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 120, "extra_ids": 0}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    model = load(ModelRef("some/pixart", "1", "fp32", str(folder)), Device("cpu"))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "spiece.model"))
+    assert model.components["tokenizer"](prompt).input_ids == [*theirs.encode(prompt), theirs.eos_id()]
