@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+import contextlib
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,6 +22,7 @@ from api.service.fetcher import Fetcher
 from api.settings import Settings
 
 OPTIONS = ("lora_weights", "textual_inversions")
+_T = TypeVar("_T")
 
 
 class Chosen(msgspec.Struct, frozen=True):
@@ -30,14 +32,12 @@ class Chosen(msgspec.Struct, frozen=True):
         loras: in the order of the request.
         inversions: in the order of the request.
         meta: what ``$meta`` says of them: can be sent again.
-        folders: that they lie in.
         timings: what it took to get them, milliseconds by phase.
     """
 
     loras: tuple[Lora, ...] = ()
     inversions: tuple[Inversion, ...] = ()
     meta: dict[str, Any] = {}
-    folders: tuple[Path, ...] = ()
     timings: dict[str, int] = {}
 
 
@@ -65,13 +65,18 @@ class Adapters:
             adapter_ref(asked, self._settings)
 
     async def choose(
-        self, options: dict[str, Any], model: InstalledModel, on_event: Callable[[Transfer], None] | None = None
+        self,
+        options: dict[str, Any],
+        model: InstalledModel,
+        held: contextlib.ExitStack,
+        on_event: Callable[[Transfer], None] | None = None,
     ) -> Chosen:
         """Have a request's adapters here.
 
         Args:
             options: checked ``callInputs``.
             model: that they are for.
+            held: keeps them on the volume until it is closed.
             on_event: called with what happens while they are fetched.
 
         Raises:
@@ -80,22 +85,25 @@ class Adapters:
         asked = _asked(options)
         if not asked:
             return Chosen()
-        found = await asyncio.gather(*(self._get(each, on_event) for each in asked))
-        chosen = Chosen(
-            folders=tuple(adapter.path.parent for adapter, _ in found),
-            timings=_summed([timings for _, timings in found]),
+        found = await _together([self._held(each, held, on_event) for each in asked])
+        made = await asyncio.to_thread(
+            lambda: [_checked(each, adapter, model) for each, (adapter, _) in zip(asked, found, strict=True)]
         )
-        with self._fetcher.hold(*chosen.folders):
-            made = await asyncio.to_thread(
-                lambda: [_checked(each, adapter, model) for each, (adapter, _) in zip(asked, found, strict=True)]
-            )
         inversions = [made_of for made_of in made if isinstance(made_of, Inversion)]
         _check_tokens(inversions)
         meta: dict[str, Any] = {}
         for each, one, (adapter, _) in zip(asked, made, found, strict=True):
             meta.setdefault(OPTIONS[each.kind != LORA], []).append(_told(each, one, adapter))
         loras = tuple(one for one in made if isinstance(one, Lora))
-        return msgspec.structs.replace(chosen, loras=loras, inversions=tuple(inversions), meta=meta)
+        return Chosen(loras, tuple(inversions), meta, _summed([timings for _, timings in found]))
+
+    async def _held(
+        self, asked: Asked, held: contextlib.ExitStack, on_event: Callable[[Transfer], None] | None
+    ) -> tuple[InstalledAdapter, dict[str, int]]:
+        """One adapter, held as soon as it is here: room for the others is made while it waits for them."""
+        adapter, timings = await self._get(asked, on_event)
+        held.enter_context(self._fetcher.hold(adapter.path.parent))
+        return adapter, timings
 
     async def _get(
         self, asked: Asked, on_event: Callable[[Transfer], None] | None
@@ -122,6 +130,17 @@ class Adapters:
         available = [f"{BUNDLED_ORG}/adapters/{name}" for name in self._library.bundled_adapters()]
         field = FIELDS[asked.kind]
         return ApiError("MODEL_NOT_FOUND", message, field=field, requested=asked.address, available=available)
+
+
+async def _together(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """The results of all; when one fails, none goes on."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _asked(options: dict[str, Any]) -> list[Asked]:
