@@ -10,9 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import diffusers
 import numpy as np
-import PIL.Image
 import torch
 
 from api.engine.adapters import Adapters, without_scale
@@ -23,7 +21,7 @@ from api.engine.cache import ModelCache
 from api.engine.calling import call, images_of, to_pil, to_uint8
 from api.engine.calls import Cancelled, Ticket
 from api.engine.controlnets import picture_arguments
-from api.engine.device import Device, is_fatal
+from api.engine.device import Device
 from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
 from api.engine.extras import Extras
@@ -38,6 +36,7 @@ from api.engine.pipelines import make_pipeline
 from api.engine.placement import Build, about, codec_of, placed, weights_of
 from api.engine.preview import OnPreview, Previews
 from api.engine.prompts import understand
+from api.engine.refusals import is_of_inputs
 from api.engine.schedulers import refused_by
 from api.engine.staging import Stager
 from api.engine.tiers import Tiers
@@ -308,8 +307,9 @@ class Engine:
             except Exception as fault:
                 if refusal := refused_by(fault, request, type(model.components.get("scheduler")).__name__):
                     raise refusal from fault
-                if not _is_of_inputs(fault, arguments):
+                if not is_of_inputs(fault, arguments):
                     raise
+                log.warning("%s refused its inputs", request.pipeline, exc_info=fault)
                 message = f"diffusers refused the inputs: {fault}"
                 raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
             images = to_uint8(images_of(out))
@@ -359,32 +359,6 @@ def first_seed(seed: int | list[int]) -> int:
 def _unsafe(request: GenerationRequest) -> ApiError:
     message = f"{request.pipeline} has its images seen by no safety checker, and this server gives out none like that."
     return ApiError("SAFETY_REQUIRED", message, field="callInputs.PIPELINE", requested=request.pipeline)
-
-
-_RARE = frozenset(
-    {
-        "timesteps", "sigmas", "cross_attention_kwargs", "clip_skip", "padding_mask_crop", "class_labels",
-        "control_mode", "text_encoder_out_layers", "token_indices", "skip_guidance_layers", "return_index",
-        "temperature",
-    }
-)  # fmt: skip
-"""Inputs that reach deep into a pipeline, where a wrong value fails in any way at all."""
-
-
-def _is_of_inputs(fault: Exception, inputs: dict[str, Any]) -> bool:
-    """Whether the client's inputs are to blame: diffusers says so, or they hold something rare, or several pictures.
-
-    A device that was lost is nobody's fault here, whatever the inputs hold: the worker has to end.
-    """
-    if is_fatal(fault):
-        return False
-    if isinstance(fault, ValueError | TypeError | NotImplementedError):
-        return True
-    if isinstance(fault, AttributeError) and isinstance(fault.obj, diffusers.SchedulerMixin):
-        return True  # the pipeline asks for what few schedulers have
-    deep = isinstance(fault, LookupError | AttributeError | RuntimeError)
-    several = any(isinstance(v, list) and isinstance(v[0], PIL.Image.Image) for v in inputs.values() if v)
-    return deep and (several or any(inputs.get(name) is not None for name in _RARE))
 
 
 def _ms(began: float) -> int:

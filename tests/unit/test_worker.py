@@ -15,7 +15,8 @@ import torch
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.executor import Executor
-from api.engine.generate import Engine, Generated, _is_of_inputs
+from api.engine.generate import Engine, Generated
+from api.engine.refusals import is_of_inputs
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef
 from api.schema.messages import Answer, Computed, Done, Due, Failed, FromWorker, Held, Load, Memory, Unload
@@ -180,8 +181,25 @@ def test_a_worker_whose_device_is_lost_ends_wherever_that_is_seen(
 
 @pytest.mark.parametrize("fault", LOST, ids=repr)
 def test_rare_inputs_are_not_blamed_for_a_lost_device(fault: Exception) -> None:
-    assert not _is_of_inputs(fault, {"clip_skip": 1})
-    assert _is_of_inputs(RuntimeError("shapes"), {"clip_skip": 1})
+    assert not is_of_inputs(fault, {"clip_skip": 1})
+    assert is_of_inputs(RuntimeError("shapes"), {"clip_skip": 1})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: torch.ones(2, 3) @ torch.ones(4, 5),
+        lambda: torch.ones(2, 3) + torch.ones(2, 4),
+        lambda: torch.cat([torch.ones(2, 3), torch.ones(3, 4)]),
+        lambda: torch.nn.Conv2d(4, 4, 1)(torch.ones(1, 9, 8, 8)),
+        lambda: torch.ones(6).view(4, 2),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_of_the_request(call: Callable[[], Any]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    assert is_of_inputs(caught.value, {})
+    assert not is_of_inputs(RuntimeError("something else"), {})
 
 
 class Loading:
