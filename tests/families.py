@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+from sentencepiece import SentencePieceTrainer
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -98,6 +102,36 @@ def sdxl() -> Any:
         vae=vae(4), unet=unet, scheduler=scheduler, text_encoder=clip(), tokenizer=clip_tokenizer(),
         text_encoder_2=clip(CLIPTextModelWithProjection), tokenizer_2=clip_tokenizer(),
     )  # fmt: skip
+
+
+_TRAINED = tempfile.TemporaryDirectory()  # its tokenizer copies its file when it is saved
+
+
+def kolors() -> Any:
+    """Its text encoder is diffusers' own, and has rows in the second dimension of what it gives."""
+    prefix, lines = f"{_TRAINED.name}/tokenizer", ["abcdefghijklmnopqrstuvwxyz", "a red circle, blue"] * 20
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=prefix, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    tokenizer = ChatGLMTokenizer(f"{prefix}.model")
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=100, hidden_size=WIDTH, ffn_hidden_size=37, kv_channels=8,
+        num_attention_heads=4, seq_length=64, multi_query_attention=True, add_qkv_bias=True, original_rope=True,
+    )  # fmt: skip
+    encoder = ChatGLMModel(config).float()
+    for weight in encoder.parameters():  # it leaves them as memory was
+        torch.nn.init.normal_(weight, std=0.05)
+    denoiser = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=32, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time", norm_num_groups=4,
+        addition_time_embed_dim=8, transformer_layers_per_block=(1, 2), cross_attention_dim=WIDTH,
+        encoder_hid_dim=WIDTH, encoder_hid_dim_type="text_proj", projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+    )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.014, beta_schedule="scaled_linear")
+    return diffusers.KolorsPipeline(
+        vae=vae(4), unet=denoiser, scheduler=scheduler, text_encoder=encoder, tokenizer=tokenizer
+    )
 
 
 def unet(channels: int, **more: Any) -> Any:
@@ -246,6 +280,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "sd-instruct": instruct,
     "sd-upscale": upscale,
     "sdxl": sdxl,
+    "kolors": kolors,
     "sd3": sd3,
     "flux": flux,
     "pixart": pixart,

@@ -46,6 +46,7 @@ PIPELINES = {
     "sdxl": {
         "txt2img": "StableDiffusionXL", "img2img": "StableDiffusionXLImg2Img", "inpaint": "StableDiffusionXLInpaint",
     },
+    "kolors": {"txt2img": "Kolors", "img2img": "KolorsImg2Img"},
     "sd3": {"txt2img": "StableDiffusion3", "img2img": "StableDiffusion3Img2Img", "inpaint": "StableDiffusion3Inpaint"},
     "flux": {"txt2img": "Flux", "img2img": "FluxImg2Img", "inpaint": "FluxInpaint"},
     "pixart": {"txt2img": "PixArtSigma"},
@@ -56,6 +57,7 @@ PIPELINES = {
 }  # fmt: skip
 """What diffusers calls the pipeline of a family for a task."""
 MORE: dict[str, dict[str, Any]] = {
+    "kolors": {"max_sequence_length": 32},
     "sd3": {"max_sequence_length": 16},
     "flux": {"max_sequence_length": 16},
     "pixart": {"max_sequence_length": 16, "use_resolution_binning": False},
@@ -86,7 +88,7 @@ def model_inputs(family: str, task: str, seed: int, images: int) -> dict[str, An
         "prompt": f"a drawing of thing number {seed}", "num_inference_steps": STEPS, "seed": seed, "width": SIDE,
         "height": SIDE, "num_images_per_prompt": images, "guidance_scale": 4.0 + seed % 3, **MORE.get(family, {}),
     }  # fmt: skip
-    if task == "img2img" and family in ("sd", "sdxl", "sd-instruct", "sd-upscale"):
+    if task == "img2img" and family in ("sd", "sdxl", "kolors", "sd-instruct", "sd-upscale"):
         del inputs["width"], inputs["height"]  # they take the picture's
     if task != "txt2img":
         inputs["image"] = as_base64(drawing(seed))
