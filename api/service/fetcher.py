@@ -25,6 +25,7 @@ from api.models.s3_upload import upload
 from api.models.sources.remote import access_to
 from api.schema.transfers import Transfer
 from api.service.progress import Tracker
+from api.service.threads import in_thread, soon
 from api.settings import Settings
 
 log = logging.getLogger("api.fetch")
@@ -74,7 +75,7 @@ class _Fetch:
         self.outcome: asyncio.Future[Any] = loop.create_future()
         self.left: asyncio.Future[None] = loop.create_future()
         self.outcome.add_done_callback(lambda future: future.cancelled() or future.exception())
-        self.tracker = Tracker(ref.model_id, lambda event: _soon(loop, self._pass_on, event))
+        self.tracker = Tracker(ref.model_id, lambda event: soon(loop, self._pass_on, event))
 
     def _pass_on(self, event: Transfer) -> None:
         for reader in list(self.readers):
@@ -203,7 +204,7 @@ class Fetcher:
         try:
             async with asyncio.timeout(_PATIENCE):
                 await room.acquire()
-                work = asyncio.ensure_future(_in_thread(lambda: self._size(ref), f"size of {ref.model_id}"))
+                work = asyncio.ensure_future(in_thread(lambda: self._size(ref), f"size of {ref.model_id}"))
                 # a source that does not answer keeps its thread for a while: there are only so many of them
                 work.add_done_callback(lambda done: room.release())
                 work.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -273,7 +274,7 @@ class Fetcher:
     async def _run(self, fetch: _Fetch) -> None:
         try:
             async with self._room if _is_ours(fetch.ref) else self._room_for_strangers:
-                work = asyncio.ensure_future(_in_thread(lambda: self._fetch(fetch), f"fetch {fetch.ref.model_id}"))
+                work = asyncio.ensure_future(in_thread(lambda: self._fetch(fetch), f"fetch {fetch.ref.model_id}"))
                 # a source that does not answer keeps its thread for a while, but not its place
                 await asyncio.wait({work, fetch.left}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
@@ -301,7 +302,7 @@ class Fetcher:
                 fetch.check()
                 fetch.confirmed.set()
             else:
-                _soon(fetch.loop, fetch.described.set_result, _described(fetch.ref, folder))
+                soon(fetch.loop, fetch.described.set_result, _described(fetch.ref, folder))
                 fetch.confirm()
 
         fetch.check()
@@ -349,7 +350,7 @@ class Fetcher:
         by_hand = f"By hand: python -m api models push {folder.name} {location}"
         try:
             access = access_to(location, self._settings, trusted=True)
-            await _in_thread(
+            await in_thread(
                 lambda: upload(folder, location, self._reporting(tracker), access, pack=pack), f"upload {folder.name}"
             )
             log.info("uploaded %s to %s in %d ms", folder.name, location, tracker.timings.get("upload", 0))
@@ -384,35 +385,3 @@ def _described(ref: SourceRef, folder: Path) -> InstalledModel:
 def _is_ours(ref: SourceRef) -> bool:
     """Whether it comes from the operator's hub or an address of the operator's, not from one that a request chose."""
     return ref.trusted or ref.is_plain
-
-
-async def _in_thread(work: Callable[[], Any], name: str) -> Any:
-    """Run something in a thread that does not keep the process: what it does is safe against a kill."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as fault:
-            _soon(loop, _settle, future, None, fault)
-        else:
-            _soon(loop, _settle, future, result, None)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await future
-
-
-def _settle(future: asyncio.Future[Any], result: Any, fault: BaseException | None) -> None:
-    if future.done():
-        return
-    if fault is not None:
-        future.set_exception(fault)
-    else:
-        future.set_result(result)
-
-
-def _soon(loop: asyncio.AbstractEventLoop, call: Callable[..., Any], *arguments: Any) -> None:
-    """From a thread; after the end of the loop nobody listens."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call, *arguments)
