@@ -13,9 +13,10 @@ from sanic.response import HTTPResponse, empty
 
 from api.errors import ApiError
 from api.http.accept import accept, brief
-from api.http.native import halves, images_body, parse_object, result_body, wanted_type
+from api.http.native import parse_object, wanted_type
 from api.schema.generation import GenerationResult
 from api.schema.images import IMAGE_FORMATS
+from api.service.bodies import halves, images_body, result_body
 from api.service.jobs import TERMINAL
 from api.service.later import PRIORITIES, Later
 from api.service.ledger import Events
