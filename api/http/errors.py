@@ -42,8 +42,12 @@ def error_response(error: ApiError, request: Request) -> HTTPResponse:
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     if error.code == "METHOD_NOT_ALLOWED":
         headers["Allow"] = ", ".join(error.available or [])
+    body = error_body(error, getattr(request.ctx, "id", ""))
+    if request.path.startswith("/v2/") or (request.route and getattr(request.route.ctx, "runpod", False)):
+        # the key that clients of RunPod know
+        body = {"error": ": ".join(part for part in (error.code, error.field, error.message) if part), **body}
     return HTTPResponse(
-        orjson.dumps(error_body(error, getattr(request.ctx, "id", "")), default=str),
+        orjson.dumps(body, default=str),
         status=200 if legacy else error.status,
         headers=headers,
         content_type="application/json",

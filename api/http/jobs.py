@@ -12,16 +12,15 @@ from sanic import Request, Sanic
 from sanic.response import HTTPResponse, empty
 
 from api.errors import ApiError
-from api.http.accept import accept, brief
+from api.http.accept import accept, brief, check_id, owner_of
 from api.http.native import parse_object, wanted_type
-from api.schema.generation import GenerationResult
 from api.schema.images import IMAGE_FORMATS
 from api.service.bodies import halves, images_body, result_body
+from api.service.entries import Entry
 from api.service.jobs import TERMINAL
 from api.service.later import PRIORITIES, Later
 from api.service.ledger import Events
 from api.service.reports import preview_links
-from api.service.store import Entry
 
 _KEEP_ALIVE = 15.0
 """Seconds without an event after which a comment is sent, so that proxies do not take the connection for dead."""
@@ -35,6 +34,7 @@ def register(app: Sanic) -> None:
     """Add the routes."""
     app.add_route(create, "/jobs", methods=["POST"])
     app.add_route(list_jobs, "/jobs", methods=["GET"])
+    app.add_route(put, "/jobs/<id:str>", methods=["PUT"])
     app.add_route(look, "/jobs/<id:str>", methods=["GET"])
     app.add_route(cancel, "/jobs/<id:str>", methods=["DELETE"])
     app.add_route(events, "/jobs/<id:str>/events", methods=["GET"])
@@ -49,17 +49,25 @@ async def create(request: Request) -> HTTPResponse:
     return await accept(request, *halves(data), priority)
 
 
+async def put(request: Request, id: str) -> HTTPResponse:
+    """Accept a job under an id that the client chose; sent again, it is the same job."""
+    check_id(id)
+    data = parse_object(request.body)
+    priority = data.pop("priority", None)
+    return await accept(request, *halves(data), priority, id)
+
+
 async def list_jobs(request: Request) -> HTTPResponse:
     """The newest jobs."""
-    limit = _whole(request.args.get("limit"), "limit", 100, low=1, high=_MOST_LISTED)
-    return _json({"jobs": [_about(entry) for entry in await _later(request).newest(limit)]})
+    limit = whole(request.args.get("limit"), "limit", 100, low=1, high=_MOST_LISTED)
+    return _json({"jobs": [_about(entry) for entry in await _later(request).newest(limit, owner_of(request))]})
 
 
 async def look(request: Request, id: str) -> HTTPResponse:
     """A job as it is now, with its result once it is COMPLETED."""
     later = _later(request)
     as_links = _images_as_links(request)
-    entry = await later.ledger.get(id)
+    entry = await later.ledger.get(id, owner_of(request))
     body = _about(entry)
     if entry.state not in TERMINAL:
         if progress := later.progress(id):
@@ -76,18 +84,20 @@ async def look(request: Request, id: str) -> HTTPResponse:
 
 async def cancel(request: Request, id: str) -> HTTPResponse:
     """Cancel a job; one that is over stays as it is."""
-    return _json(_about(await _later(request).cancel(id)))
+    later = _later(request)
+    await later.ledger.get(id, owner_of(request))
+    return _json(_about(await later.cancel(id)))
 
 
 async def image(request: Request, id: str, n: str) -> HTTPResponse:
     """One image of a job that is COMPLETED."""
     later = _later(request)
-    entry = await later.ledger.get(id)
+    entry = await later.ledger.get(id, owner_of(request))
     if entry.result is None or not entry.result.images:
         why = "they were uploaded" if entry.result else f"it is {entry.state.value}"
         message = f"The job has no images here: {why}."
         raise ApiError("NOT_FOUND", message, requested=n)
-    number = _whole(n, "n", 0, low=0, high=entry.result.images - 1)
+    number = whole(n, "n", 0, low=0, high=entry.result.images - 1)
     data = await later.ledger.image(entry, number)
     # what a job gave never changes; how long it is kept, the server says
     headers = {"Cache-Control": "private, immutable, max-age=3600"}
@@ -97,12 +107,12 @@ async def image(request: Request, id: str, n: str) -> HTTPResponse:
 async def preview(request: Request, id: str, n: str) -> HTTPResponse:
     """One image of the newest preview of a job that runs; ``X-Step`` says after which step."""
     later = _later(request)
-    entry = await later.ledger.get(id)
+    entry = await later.ledger.get(id, owner_of(request))
     newest = later.preview(id) if entry.state not in TERMINAL else None
     if newest is None:
         message = f"The job has no preview: it is {entry.state.value}, and previews are kept only while it runs."
         raise ApiError("NOT_FOUND", message, requested=n)
-    number = _whole(n, "n", 0, low=0, high=len(newest.images) - 1)
+    number = whole(n, "n", 0, low=0, high=len(newest.images) - 1)
     headers = {"Cache-Control": "no-store", "X-Step": str(newest.step)}
     return HTTPResponse(newest.images[number], headers=headers, content_type="image/jpeg")
 
@@ -115,8 +125,8 @@ async def events(request: Request, id: str) -> HTTPResponse | None:
     later = _later(request)
     wanted = wanted_type(request.headers.get("accept"), _READERS)
     sent = request.headers.get("last-event-id") or request.args.get("after")
-    after = _whole(sent, "after", 0, low=0, high=2**62)
-    entry = await later.ledger.get(id)
+    after = whole(sent, "after", 0, low=0, high=2**62)
+    entry = await later.ledger.get(id, owner_of(request))
     if wanted == "application/json":
         told = [_event(seq, body) for seq, body in await later.ledger.events(id, after)]
         return _json({**brief(entry), "events": told})
@@ -181,14 +191,9 @@ def _about(entry: Entry) -> dict[str, Any]:
 
 
 async def _result(later: Later, entry: Entry, as_links: bool) -> dict[str, Any]:
-    stored = entry.result
-    assert stored is not None
-    links = [f"/jobs/{entry.id}/images/{number}" for number in range(stored.images)] if as_links else None
-    images = [] if as_links else [await later.ledger.image(entry, number) for number in range(stored.images)]
-    result = GenerationResult(
-        images, stored.meta, stored.timings, stored.mem_usage, stored.nsfw, stored.extras, stored.urls
-    )
-    return result_body(result, links)
+    assert entry.result is not None
+    links = [f"/jobs/{entry.id}/images/{number}" for number in range(entry.result.images)] if as_links else None
+    return result_body(await later.ledger.result(entry, with_images=not as_links), links)
 
 
 def _images_as_links(request: Request) -> bool:
@@ -200,7 +205,12 @@ def _images_as_links(request: Request) -> bool:
     return bool(asked == "url")
 
 
-def _whole(text: str | None, field: str, default: int, *, low: int, high: int) -> int:
+def whole(text: str | None, field: str, default: int, *, low: int, high: int) -> int:
+    """A whole number of a query, or of an address.
+
+    Raises:
+        ApiError: INVALID_INPUTS.
+    """
     if text is None or text == "":
         return default
     if not (text.isascii() and text.isdigit() and low <= int(text[:20]) <= high):

@@ -70,8 +70,12 @@ def parse_body(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return halves(parse_object(body))
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes, example: str = '{"modelInputs": {…}, "callInputs": {…}}') -> dict[str, Any]:
     """A JSON object, or a JSON string that holds one.
+
+    Args:
+        body: as it came.
+        example: of one, for the error.
 
     Raises:
         ApiError: INVALID_JSON.
@@ -83,7 +87,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as fault:
         raise ApiError("INVALID_JSON", f"The body is not JSON: {fault}.") from None
     if not isinstance(data, dict):
-        raise ApiError("INVALID_JSON", 'The body must be an object: {"modelInputs": {…}, "callInputs": {…}}.')
+        raise ApiError("INVALID_JSON", f"The body must be an object: {example}.")
     return data
 
 

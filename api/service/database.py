@@ -12,7 +12,7 @@ from typing import Any
 
 from api.settings import SettingsError
 
-_VERSION = 1
+_VERSION = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
   number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -33,17 +33,33 @@ CREATE TABLE IF NOT EXISTS events (
   id TEXT NOT NULL, seq INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (id, seq)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS inputs (id TEXT PRIMARY KEY, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS terms (id TEXT PRIMARY KEY, body BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS outcomes (id TEXT PRIMARY KEY, result BLOB, error BLOB);
 CREATE TABLE IF NOT EXISTS keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL);
 """
+_ADDED = {
+    "owner": "TEXT NOT NULL DEFAULT ''",
+    "endpoint": "TEXT NOT NULL DEFAULT ''",
+    "retries": "INTEGER NOT NULL DEFAULT 0",
+    "keep": "REAL",
+    "dies": "REAL",
+    "told": "INTEGER NOT NULL DEFAULT 1",
+    "streamed": "INTEGER NOT NULL DEFAULT 0",
+}
+"""Columns of jobs since version 2: seconds that the result is kept, and when the job is to be forgotten, where it says
+so itself; whether its end was told to its webhook; the last event that went into its stream."""
+_INDEX = "CREATE INDEX IF NOT EXISTS jobs_to_tell ON jobs (finished) WHERE NOT told"
 _IN_MEMORY = """
 CREATE TEMP TABLE inputs (id TEXT PRIMARY KEY, body BLOB NOT NULL);
+CREATE TEMP TABLE terms (id TEXT PRIMARY KEY, body BLOB NOT NULL);
 CREATE TEMP TABLE outcomes (id TEXT PRIMARY KEY, result BLOB, error BLOB);
 CREATE TEMP TABLE keys (key TEXT PRIMARY KEY, id TEXT NOT NULL, digest TEXT NOT NULL);
 BEGIN IMMEDIATE;
 INSERT INTO temp.inputs SELECT * FROM main.inputs;
+INSERT INTO temp.terms SELECT * FROM main.terms;
 INSERT INTO temp.keys SELECT * FROM main.keys;
 DELETE FROM main.inputs;
+DELETE FROM main.terms;
 DELETE FROM main.outcomes;
 DELETE FROM main.keys;
 COMMIT;
@@ -128,9 +144,15 @@ class Database:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "temp_store = MEMORY", "secure_delete = ON"):
             self.execute(f"PRAGMA {pragma}").fetchall()
         (version,) = self.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _VERSION):
-            raise sqlite3.DatabaseError(f"it was made by another version of this server: {version}, not {_VERSION}")
+        if not 0 <= version <= _VERSION:
+            raise sqlite3.DatabaseError(f"it was made by a later version of this server: {version}, not {_VERSION}")
         self._connection.executescript(_TABLES)
+        # one that is cut off here is gone on with at the next start
+        there = {row[1] for row in self.execute("PRAGMA table_xinfo(jobs)")}
+        for name, kind in _ADDED.items():
+            if name not in there:
+                self.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
+        self.execute(_INDEX)
         self.execute(f"PRAGMA user_version = {_VERSION}")
         if not self._persist:
             self._connection.executescript(_IN_MEMORY)

@@ -24,10 +24,17 @@ _EXTENSIONS = {f".{found.extension}" for found in IMAGE_FORMATS.values()} | {".j
 
 
 class Destination(NamedTuple):
-    """Where one image goes: an address that takes a PUT, or an object of the server's own bucket."""
+    """Where one image goes: an address that takes a PUT, or an object of the server's own bucket.
+
+    Attributes:
+        url: the address.
+        location: the object.
+        link: where what was PUT can be read, if that is another address; may hold a signature.
+    """
 
     url: str
     location: Location | None = None
+    link: str = ""
 
     def __repr__(self) -> str:  # the address may hold a signature
         return f"Destination({self.location or self.host})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import math
 import secrets
@@ -19,10 +18,16 @@ import msgspec
 from api.errors import ApiError
 from api.schema.generation import GenerationResult
 from api.schema.messages import Preview
+from api.service import turns
+from api.service.acceptance import check_places, digest_of, scoped
+from api.service.completions import Completions
+from api.service.endpoints import Counts, EndpointStore
+from api.service.entries import NATIVE, Accepted, Entry, Terms, Turn
 from api.service.jobs import JobState
 from api.service.ledger import Ledger
 from api.service.reports import Report, state_event
-from api.service.store import MAX_TRIES, Accepted, Entry, Store, Turn
+from api.service.s3_config import S3Config
+from api.service.store import MAX_TRIES
 from api.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,6 +40,8 @@ _LOOK = 0.25
 """Seconds between two looks for a free worker while jobs wait."""
 _PAUSE = 1.0
 """Seconds before the next try when the workers, or the store, could not."""
+_SWEEP = 5.0
+"""Seconds between two looks for jobs that waited or were kept long enough, at most."""
 _LAST_WORDS = 5.0
 """Seconds that it may take to write how jobs ended, once the workers stopped."""
 _RECOVERY = 5.0
@@ -62,8 +69,10 @@ class Later:
     def __init__(self, settings: Settings, service: Service) -> None:
         self._settings = settings
         self._service = service
-        self._store = Store(settings.state_dir, persist_inputs=settings.persist_inputs)
+        self._store = EndpointStore(settings.state_dir, persist_inputs=settings.persist_inputs)
         self.ledger = Ledger(self._store, settings.result_ttl)
+        self._completions = Completions(self.ledger, self._store)
+        self.ledger.on_end = self._completions.look
         self.waiting = 0
         self._running: dict[str, tuple[asyncio.Task[None], Report]] = {}
         self._wake = asyncio.Event()
@@ -115,6 +124,10 @@ class Later:
         call_inputs: dict[str, Any],
         priority: str = "normal",
         key: str | None = None,
+        *,
+        job_id: str | None = None,
+        terms: Terms = NATIVE,
+        s3: S3Config | None = None,
     ) -> Entry:
         """Take a request in, to be run when it is its turn.
 
@@ -124,12 +137,18 @@ class Later:
             call_inputs: the wire's ``callInputs``.
             priority: ``low``, ``normal`` or ``high``.
             key: the client's name for the request: sent again with the same key, it is the same job.
+            job_id: its id, where the client chose it; then that is the key.
+            terms: what else the client asks for.
+            s3: a bucket that the images are to go to.
 
         Raises:
             ApiError: what can be said against it without fetching its model; QUEUE_FULL, NOT_READY; DISK_FULL.
         """
-        inputs = msgspec.json.encode({"modelInputs": model_inputs, "callInputs": call_inputs})
-        digest = hashlib.sha256(inputs).hexdigest()
+        said = {"modelInputs": model_inputs, "callInputs": call_inputs, **({"s3Config": s3} if s3 else {})}
+        inputs = msgspec.json.encode(said)
+        digest = digest_of(inputs, terms, priority)
+        field = "Idempotency-Key" if job_id is None else "id"
+        key = scoped(key, job_id, terms)
         await self._until_recovered()
         known = None if key is None else await self.ledger.call(self._store.by_key, key)
         if known is None:
@@ -137,24 +156,32 @@ class Later:
             self._count(1)  # before anything is awaited: those who come meanwhile find the queue as full as it will be
             try:
                 await self._service.check(model_inputs, call_inputs)
+                await check_places(terms, s3, self._service.webhooks, self._settings)
             except BaseException:
                 self._count(-1)
                 raise
+            ttl = min(self._settings.job_ttl, terms.ttl or math.inf)
             accept = partial(
-                self._store.accept, secrets.token_hex(8), request_id, inputs, priority=PRIORITIES[priority],
-                now=time.time(), ttl=self._settings.job_ttl, events=[state_event(JobState.IN_QUEUE)], key=key,
-                digest=digest,
+                self._store.accept, job_id or secrets.token_hex(8), request_id, inputs, priority=PRIORITIES[priority],
+                now=time.time(), ttl=ttl, events=[state_event(JobState.IN_QUEUE)], key=key, digest=digest, terms=terms,
             )  # fmt: skip
             # a client that goes away now has its job all the same
             known = await asyncio.shield(self._begin(self._write(accept)))
+        if known is None:
+            message = "There is a job with this id already: choose another one, such as a UUID."
+            raise ApiError("INVALID_INPUTS", message, field=field, requested=job_id)
         if known.digest != digest:
-            message = "This Idempotency-Key came with another request before: each request needs a key of its own."
-            raise ApiError("INVALID_INPUTS", message, field="Idempotency-Key")
+            message = f"This {field} came with another request before: each request needs one of its own."
+            raise ApiError("INVALID_INPUTS", message, field=field)
         return known.entry
 
-    async def newest(self, limit: int) -> list[Entry]:
-        """The jobs that were accepted last, newest first."""
-        return await self.ledger.call(self._store.newest, limit)
+    async def newest(self, limit: int, owner: str) -> list[Entry]:
+        """The jobs of an owner that were accepted last, newest first."""
+        return await self.ledger.call(self._store.newest, limit, owner)
+
+    async def counts(self, endpoint: str, owner: str) -> Counts:
+        """How many jobs an owner has at an endpoint."""
+        return await self.ledger.call(self._store.counts, endpoint, owner)
 
     def progress(self, job_id: str) -> dict[str, Any] | None:
         """How far a job that runs is; see ``Report``."""
@@ -176,7 +203,48 @@ class Later:
         await asyncio.shield(self._begin(self._fail(job_id, ApiError("CANCELLED", "The job was cancelled."))))
         return await self.ledger.get(job_id)
 
-    async def _write(self, accept: partial[Accepted]) -> Accepted:
+    async def purge(self, endpoint: str, owner: str) -> int:
+        """Cancel what waits at an endpoint; what runs goes on.
+
+        Returns:
+            How many jobs waited.
+
+        Raises:
+            ApiError: NOT_READY.
+        """
+        await self._until_recovered()
+        return await asyncio.shield(self._begin(self._purge(endpoint, owner)))
+
+    async def _purge(self, endpoint: str, owner: str) -> int:
+        purged = await self.ledger.purge(endpoint, owner, ApiError("CANCELLED", "The queue was purged."))
+        self._count(-purged)
+        return purged
+
+    async def retry(self, entry: Entry) -> None:
+        """Have a job of RunPod's routes run once more, that failed or ran out of time.
+
+        Raises:
+            ApiError: INVALID_INPUTS: it ended otherwise, or has not; QUEUE_FULL, NOT_READY.
+        """
+        await self._until_recovered()
+        self._service.dispatcher.check_room()
+        if not await asyncio.shield(self._begin(self._retry(entry))):
+            message = f"Only jobs that are FAILED or TIMED_OUT can be tried again; this one is {entry.state.value}."
+            raise ApiError("INVALID_INPUTS", message, field="id", requested=entry.id)
+
+    async def _retry(self, entry: Entry) -> bool:
+        self._count(1)
+        try:
+            ttl = min(self._settings.job_ttl, entry.terms.ttl or math.inf)
+            waits = await self.ledger.retry(entry.id, ttl)
+        except BaseException:
+            self._count(-1)
+            raise
+        self._count(0 if waits else -1)
+        self._wake.set()
+        return waits
+
+    async def _write(self, accept: partial[Accepted | None]) -> Accepted | None:
         try:
             accepted = await self.ledger.call(accept)
         except BaseException as fault:
@@ -186,7 +254,7 @@ class Later:
             log.exception("a job could not be stored")
             message = f"The job could not be stored in STATE_DIR: {fault}. Send it again as a request that waits."
             raise ApiError("DISK_FULL", message) from fault
-        if not accepted.is_new:
+        if accepted is None or not accepted.is_new:
             self._count(-1)
         self._wake.set()
         return accepted
@@ -210,6 +278,8 @@ class Later:
                 log.exception("what an earlier process left cannot be read")
                 await asyncio.sleep(_PAUSE)
         self._begin(self.ledger.write_events())
+        if self._service.webhooks is not None:
+            self._begin(self._completions.tell(self._service.webhooks))
         self._begin(self._sweep())
         while not self._closing:
             self._wake.clear()
@@ -288,12 +358,8 @@ class Later:
         await self.ledger.end(turn.id, outcome)
 
     async def _generate(self, turn: Turn, report: Report) -> GenerationResult:
-        inputs, service = msgspec.json.decode(turn.inputs), self._service
         self._release(turn.id)  # the next line takes the place itself, before it awaits anything
-        admitted = await service.admit(
-            turn.request_id, inputs["modelInputs"], inputs["callInputs"], report, self._settings.job_ttl
-        )
-        return await service.finish(service.submit(admitted, report), from_start=True)
+        return await turns.run(turn, report, self._service, self._settings)
 
     async def _fail(self, job_id: str, error: ApiError) -> None:
         """End a job from outside, in whatever state it is."""
@@ -308,12 +374,13 @@ class Later:
         while True:
             try:
                 for job_id in await self.ledger.call(self._store.expired, time.time()):
-                    message = f"It was not its turn within JOB_TTL of {self._settings.job_ttl:g} s."
+                    allowed = f"JOB_TTL of {self._settings.job_ttl:g} s, or the policy.ttl that it came with"
+                    message = f"It was not its turn within {allowed}."
                     await self._fail(job_id, ApiError("TIMED_OUT", message))
                 await self.ledger.call(self._store.remove_old, time.time())
             except Exception:
                 log.exception("old jobs cannot be removed")
-            await asyncio.sleep(min(30.0, max(0.2, shortest / 4)))
+            await asyncio.sleep(min(_SWEEP, max(0.2, shortest / 4)))
 
     def _count(self, more: int) -> None:
         self.waiting += more

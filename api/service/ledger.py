@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import time
@@ -13,9 +14,10 @@ from typing import Any, TypeVar
 
 from api.errors import ApiError
 from api.schema.generation import GenerationResult
+from api.service.endpoints import EndpointStore
+from api.service.entries import Entry
 from api.service.jobs import TERMINAL, JobState
 from api.service.reports import state_event
-from api.service.store import Entry, Store
 
 log = logging.getLogger("api.later")
 
@@ -37,15 +39,20 @@ class Ledger:
     Args:
         store: used by nobody else from now on, but for images, which any thread may read.
         result_ttl: seconds that jobs are kept once they are over.
+
+    Attributes:
+        on_end: called when jobs have ended.
     """
 
-    def __init__(self, store: Store, result_ttl: float) -> None:
+    def __init__(self, store: EndpointStore, result_ttl: float) -> None:
         self._store = store
         self._result_ttl = result_ttl
         self._thread = ThreadPoolExecutor(1, "store")
         self._unwritten: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         self._written: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._ended: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._closed = False
+        self.on_end: Callable[[], None] = lambda: None
 
     async def call(self, call: Callable[..., _T], *arguments: Any) -> _T:
         """Call a method of the store in its thread; calls are done in the order in which they are made.
@@ -61,21 +68,81 @@ class Ledger:
     async def close(self) -> None:
         """Let readers go, and close the store."""
         self._closed = True
-        for written in self._written.values():
-            written.set()
+        for event in (*self._written.values(), *self._ended.values()):
+            event.set()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
         self._thread.shutdown()
 
-    async def get(self, job_id: str) -> Entry:
+    async def get(self, job_id: str, owner: str | None = None, endpoint: str | None = None) -> Entry:
         """A job as it is now.
+
+        Args:
+            job_id: its id.
+            owner: only if it is that one's; None: whoever's.
+            endpoint: only if it came to that one of RunPod's routes; None: wherever.
 
         Raises:
             ApiError: NO_SUCH_JOB.
         """
         entry = await self.call(self._store.get, job_id)
-        if entry is None:
+        if entry is None or owner not in (None, entry.owner) or endpoint not in (None, entry.endpoint):
             raise self._no_such_job(job_id)
         return entry
+
+    async def over(self, job_id: str, seconds: float) -> Entry:
+        """A job once it is over, or as it is after so many seconds.
+
+        Raises:
+            ApiError: NO_SUCH_JOB, NOT_READY.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    ended = self._ended[job_id]
+                    entry = await self.call(self._store.get, job_id)
+                    if entry is None or entry.state in TERMINAL:
+                        self._ended.pop(job_id, None)
+                        break
+                    await ended.wait()
+        return await self.get(job_id)
+
+    async def stream(self, job_id: str, seconds: float) -> tuple[Entry, list[dict[str, Any]]]:
+        """What happened to a job and no call of this has told yet; waits for it for so many seconds at most.
+
+        Returns:
+            The job, and its events, without those of states but for the last.
+
+        Raises:
+            ApiError: NO_SUCH_JOB, NOT_READY.
+        """
+        due = time.monotonic() + seconds
+        while True:
+            written = self._written[job_id]
+            entry, events = await self.call(self._store.stream, job_id)
+            if entry is None or entry.state in TERMINAL:
+                self._written.pop(job_id, None)
+            if entry is None:
+                raise self._no_such_job(job_id)
+            events = [body for body in events if body["type"] != "state" or body["state"] in TERMINAL]
+            left = due - time.monotonic()
+            if events or entry.state in TERMINAL or left <= 0:
+                return entry, events
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await written.wait()
+
+    async def result(self, entry: Entry, *, with_images: bool = True) -> GenerationResult:
+        """What a job gave that is COMPLETED.
+
+        Raises:
+            ApiError: NO_SUCH_JOB: it was removed meanwhile.
+        """
+        stored = entry.result
+        assert stored is not None
+        images = [await self.image(entry, number) for number in range(stored.images)] if with_images else []
+        return GenerationResult(
+            images, stored.meta, stored.timings, stored.mem_usage, stored.nsfw, stored.extras, stored.urls
+        )
 
     async def image(self, entry: Entry, number: int) -> bytes:
         """One image of a job that is COMPLETED.
@@ -192,8 +259,39 @@ class Ledger:
         else:
             result, events = outcome, [*events, state_event(JobState.COMPLETED)]
             before = await self.call(lambda: self._store.complete(job_id, result, events, now=now, ttl=ttl))
-        self.tell(job_id)
+        self._tell_end(job_id)
         return before
+
+    async def purge(self, endpoint: str, owner: str, error: ApiError) -> int:
+        """Cancel what waits at an endpoint; see ``EndpointStore.purge``.
+
+        Returns:
+            How many jobs waited.
+        """
+        now, ttl = time.time(), self._result_ttl
+        events = [state_event(JobState.CANCELLED, code=error.code)]
+        body = error.body()
+        ended = await self.call(lambda: self._store.purge(endpoint, owner, body, events, now=now, ttl=ttl))
+        for job_id in ended:
+            self._tell_end(job_id)
+        return len(ended)
+
+    async def retry(self, job_id: str, ttl: float) -> bool:
+        """Let a job wait once more; see ``EndpointStore.retry``.
+
+        Args:
+            ttl: seconds that it may wait.
+        """
+        events = [state_event(JobState.IN_QUEUE)]
+        waits = await self.call(lambda: self._store.retry(job_id, events, now=time.time(), ttl=ttl))
+        self.tell(job_id)
+        return waits
+
+    def _tell_end(self, job_id: str) -> None:
+        self.tell(job_id)
+        if ended := self._ended.pop(job_id, None):
+            ended.set()
+        self.on_end()
 
     def _no_such_job(self, job_id: str) -> ApiError:
         message = (

@@ -23,6 +23,7 @@ from api.schema.images import IMAGE_FORMATS
 from api.schema.messages import OnTheWay
 from api.schema.transfers import Transfer
 from api.service.admission import Admission, Admitted
+from api.service.completions import Sender
 from api.service.dispatch import Dispatcher
 from api.service.fetcher import Fetcher
 from api.service.jobs import Job, JobState
@@ -71,6 +72,7 @@ class Service:
         self.fetcher = Fetcher(settings, self.library, self.dispatcher.folders)
         has_gpu = any(name.startswith("cuda") for name in names)
         self._admission = Admission(settings, self.library, self.fetcher, has_gpu)
+        self.webhooks: Sender | None = None
         self.later = Later(settings, self)
         self._to_fetch = [ref for ref in self._admission.default_refs() if not self._warm(ref, self.library.find(ref))]
         self._fetching: asyncio.Task[None] | None = None

@@ -13,82 +13,26 @@ and how far it is, is NORMAL: it would only be done once more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from api.schema.generation import GenerationResult
 from api.schema.images import IMAGE_FORMATS
 from api.service.database import Database
+from api.service.entries import NATIVE, SELECT, Accepted, Entry, StoredResult, Terms, Turn, entry_of
 from api.service.jobs import JobState
 from api.service.results import Images
 
+RETRIABLE = frozenset({JobState.FAILED, JobState.TIMED_OUT})
+"""What a job of RunPod's routes ended in that may be sent once more: its inputs are kept as long as it is."""
 MAX_TRIES = 3
 """A job that was running so often when the server died is FAILED."""
 _WAITING, _RUNNING = JobState.IN_QUEUE.value, JobState.IN_PROGRESS.value
-_SELECT = "SELECT number, id, request_id, state, priority, created, started, finished, tries FROM jobs "
-
-
-class StoredResult(msgspec.Struct):
-    """A result without its images."""
-
-    meta: dict[str, Any]
-    timings: dict[str, int]
-    mem_usage: float
-    nsfw: list[bool] | None
-    images: int
-    extension: str
-    extras: dict[str, bytes] = {}
-    urls: list[str] = []
-
-
-class Entry(NamedTuple):
-    """A job as it is known. Times are seconds since the epoch.
-
-    Attributes:
-        number: counts up in the order in which jobs were accepted.
-        position: 1 for the job whose turn is next; None unless it waits.
-        result: of a COMPLETED job.
-        error: the ``$error`` of one that ended otherwise.
-    """
-
-    number: int
-    id: str
-    request_id: str
-    state: JobState
-    priority: int
-    created: float
-    started: float | None
-    finished: float | None
-    tries: int
-    position: int | None
-    result: StoredResult | None
-    error: dict[str, Any] | None
-
-
-class Accepted(NamedTuple):
-    """What became of a request to accept a job.
-
-    Attributes:
-        entry: the job; where the key was known, the one that it stands for.
-        is_new: whether it was accepted just now.
-        digest: what the job was accepted with.
-    """
-
-    entry: Entry
-    is_new: bool
-    digest: str
-
-
-class Turn(NamedTuple):
-    """A job whose turn it is."""
-
-    id: str
-    request_id: str
-    tries: int
-    inputs: bytes
+_LEAST_KEPT = 60.0
+"""Seconds for which a job is known after its end, however soon it was to be forgotten: its client may still ask."""
 
 
 class Store:
@@ -127,8 +71,8 @@ class Store:
 
     def accept(
         self, job_id: str, request_id: str, inputs: bytes, *, priority: int, now: float, ttl: float,
-        events: Iterable[dict[str, Any]], key: str | None = None, digest: str = "",
-    ) -> Accepted:  # fmt: skip
+        events: Iterable[dict[str, Any]], key: str | None = None, digest: str = "", terms: Terms = NATIVE,
+    ) -> Accepted | None:  # fmt: skip
         """Take a job in; on the disk before this returns.
 
         Args:
@@ -137,15 +81,26 @@ class Store:
             ttl: seconds that it may wait.
             key: the client's name for this request: the same key means the same job.
             digest: of the inputs, to tell whether the same key came with other ones.
+            terms: what else was agreed on.
+
+        Returns:
+            None where another job has that id.
         """
         with self._db.transaction(durable=True):
             if key is not None and (known := self._by_key(key)) is not None:
                 return known
+            if self._db.execute("SELECT 1 FROM jobs WHERE id = ?", (job_id,)).fetchone():
+                return None
+            dies = None if terms.ttl is None else now + terms.ttl
             self._db.execute(
-                "INSERT INTO jobs (id, request_id, state, priority, created, expires) VALUES (?, ?, ?, ?, ?, ?)",
-                (job_id, request_id, _WAITING, priority, now, now + ttl),
-            )
+                "INSERT INTO jobs (id, request_id, state, priority, created, expires, owner, endpoint, keep, dies,"
+                " told) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (job_id, request_id, _WAITING, priority, now, now + ttl, terms.owner, terms.endpoint, terms.keep, dies,
+                 not terms.webhook),
+            )  # fmt: skip
             self._db.execute("INSERT INTO inputs VALUES (?, ?)", (job_id, inputs))
+            if terms != NATIVE:
+                self._db.execute("INSERT INTO terms VALUES (?, ?)", (job_id, msgspec.json.encode(terms)))
             if key is not None:
                 self._db.execute("INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", (key, job_id, digest))
             self._append(job_id, events)
@@ -169,7 +124,7 @@ class Store:
             self._append(row[0], events)
             (inputs,) = self._db.execute("SELECT body FROM inputs WHERE id = ?", (row[0],)).fetchone()
             job_id, request_id, tries = row
-            return Turn(job_id, request_id, tries, inputs)
+            return Turn(job_id, request_id, tries, inputs, self._terms(job_id))
 
     def give_back(self, job_id: str, events: Iterable[dict[str, Any]], *, counts: bool) -> bool:
         """Let a job that runs wait again, at its old place.
@@ -245,10 +200,16 @@ class Store:
         """A job as it is now."""
         return self._get(job_id, missing_ok=True)
 
-    def newest(self, limit: int) -> list[Entry]:
-        """The jobs that were accepted last, newest first, without results and errors."""
-        rows = self._db.execute(_SELECT + "ORDER BY number DESC LIMIT ?", (limit,)).fetchall()
-        return [_entry(row, None, None, None) for row in rows]
+    def newest(self, limit: int, owner: str | None = None) -> list[Entry]:
+        """The jobs that were accepted last, newest first, without results and errors.
+
+        Args:
+            limit: how many.
+            owner: only that one's; None: everybody's.
+        """
+        which = "WHERE owner = ? OR ? ORDER BY number DESC LIMIT ?"
+        rows = self._db.execute(SELECT + which, (owner, owner is None, limit)).fetchall()
+        return [entry_of(row) for row in rows]
 
     def events(self, job_id: str, after: int) -> list[tuple[int, dict[str, Any]]]:
         """The events of a job whose sequence number is above ``after``, in order."""
@@ -279,7 +240,7 @@ class Store:
         Returns:
             How many jobs were removed.
         """
-        removed = self._remove("SELECT id FROM jobs WHERE over AND expires <= ?", (now,))
+        removed = self._remove("SELECT id FROM jobs WHERE over AND told AND expires <= ?", (now,))
         known = {row[0] for row in self._db.execute("SELECT id FROM jobs WHERE over")}
         for job_id in self.images.ids() - known:
             self.images.remove(job_id)
@@ -291,6 +252,8 @@ class Store:
             for job in old:
                 self._db.execute("DELETE FROM jobs WHERE id = ?", job)
                 self._db.execute("DELETE FROM events WHERE id = ?", job)
+                self._db.execute("DELETE FROM inputs WHERE id = ?", job)
+                self._db.execute("DELETE FROM terms WHERE id = ?", job)
                 self._db.execute("DELETE FROM outcomes WHERE id = ?", job)
                 self._db.execute("DELETE FROM keys WHERE id = ?", job)
         return len(old)
@@ -300,18 +263,29 @@ class Store:
         error: dict[str, Any] | None, *, now: float, ttl: float,
     ) -> JobState | None:  # fmt: skip
         with self._db.transaction(durable=True):
-            row = self._db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
-            self._append(job_id, events)
-            changed = self._db.execute(
-                "UPDATE jobs SET state = ?, finished = ?, expires = ? WHERE id = ? AND NOT over",
-                (state.value, now, now + ttl, job_id),
-            )
-            if not changed.rowcount:
-                return None
+            return self._end(job_id, state, events, result, error, now=now, ttl=ttl)
+
+    def _end(
+        self, job_id: str, state: JobState, events: Iterable[dict[str, Any]], result: StoredResult | None,
+        error: dict[str, Any] | None, *, now: float, ttl: float,
+    ) -> JobState | None:  # fmt: skip
+        """``_finish`` within a transaction."""
+        row = self._db.execute("SELECT state, endpoint, keep, dies FROM jobs WHERE id = ? AND NOT over", (job_id,))
+        if (found := row.fetchone()) is None:
+            return None
+        before, endpoint, keep, dies = found
+        self._append(job_id, events)
+        expires = now + (ttl if keep is None else keep)
+        if dies is not None:
+            expires = min(expires, max(dies, now + _LEAST_KEPT))
+        self._db.execute(
+            "UPDATE jobs SET state = ?, finished = ?, expires = ? WHERE id = ?", (state.value, now, expires, job_id)
+        )
+        if not endpoint or state not in RETRIABLE:
             self._db.execute("DELETE FROM inputs WHERE id = ?", (job_id,))
-            outcome = (msgspec.json.encode(result) if result else None, msgspec.json.encode(error) if error else None)
-            self._db.execute("INSERT INTO outcomes VALUES (?, ?, ?)", (job_id, *outcome))
-            return JobState(row[0])
+        outcome = (msgspec.json.encode(result) if result else None, msgspec.json.encode(error) if error else None)
+        self._db.execute("INSERT INTO outcomes VALUES (?, ?, ?)", (job_id, *outcome))
+        return JobState(before)
 
     def _append(self, job_id: str, events: Iterable[dict[str, Any]]) -> None:
         for body in events:
@@ -327,7 +301,7 @@ class Store:
         return Accepted(entry, False, row[1]) if entry else None
 
     def _get(self, job_id: str, *, missing_ok: bool = False) -> Any:
-        row = self._db.execute(_SELECT + "WHERE id = ?", (job_id,)).fetchone()
+        row = self._db.execute(SELECT + "WHERE id = ?", (job_id,)).fetchone()
         if row is None:
             if missing_ok:
                 return None
@@ -339,23 +313,16 @@ class Store:
                 (_WAITING, row[4], row[4], row[0]),
             ).fetchone()
             position = before + 1
+        entry = entry_of(row)._replace(position=position, terms=self._terms(job_id))
         outcome = self._db.execute("SELECT result, error FROM outcomes WHERE id = ?", (job_id,)).fetchone()
-        return _entry(row, position, *(outcome or (None, None)))
+        if outcome is None:
+            return entry
+        result, error = outcome
+        return entry._replace(
+            result=msgspec.json.decode(result, type=StoredResult) if result else None,
+            error=msgspec.json.decode(error) if error else None,
+        )
 
-
-def _entry(row: Sequence[Any], position: int | None, result: bytes | None, error: bytes | None) -> Entry:
-    number, job_id, request_id, state, priority, created, started, finished, tries = row
-    return Entry(
-        number=number,
-        id=job_id,
-        request_id=request_id,
-        state=JobState(state),
-        priority=priority,
-        created=created,
-        started=started,
-        finished=finished,
-        tries=tries,
-        position=position,
-        result=msgspec.json.decode(result, type=StoredResult) if result else None,
-        error=msgspec.json.decode(error) if error else None,
-    )
+    def _terms(self, job_id: str) -> Terms:
+        row = self._db.execute("SELECT body FROM terms WHERE id = ?", (job_id,)).fetchone()
+        return msgspec.json.decode(row[0], type=Terms) if row else NATIVE

@@ -108,7 +108,7 @@ async def _put(destination: Destination, image: bytes, content_type: str, timeou
             why = str(fault) or type(fault).__name__
             continue
         if 200 <= answer.status < 300:
-            return destination.url.partition("?")[0]
+            return destination.link or destination.url.partition("?")[0]
         why = f"it answered {answer.status}"
         if answer.status not in _MAY_PASS:
             break
