@@ -44,10 +44,9 @@ async def within_limit(
     if size > limit and result.images and settings.aws_s3_default_bucket:
         found = IMAGE_FORMATS[image_format]
         where = f"s3:///{settings.aws_s3_default_bucket}/{_FOLDER}/{job_id}/"
-        location = parse_location(f"{where}0.{found.extension}", default_endpoint=settings.aws_s3_endpoint_url)
-        stem = location.key.removesuffix(f"/0.{found.extension}")
-        keys = [f"{stem}/{number}.{found.extension}" for number in range(len(result.images))]
-        destinations = [Destination("", replace(location, key=key)) for key in keys]
+        folder = parse_location(where, default_endpoint=settings.aws_s3_endpoint_url)
+        keys = [f"{folder.key}{number}.{found.extension}" for number in range(len(result.images))]
+        destinations = [Destination("", replace(folder, key=key)) for key in keys]
         urls = await upload(destinations, result.images, found.content_type, settings)
         result = msgspec.structs.replace(result, images=[], urls=urls)
         size = size_of(result)

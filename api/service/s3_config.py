@@ -63,7 +63,7 @@ def read_s3_config(value: Any) -> S3Config:
             raise ApiError("INVALID_INPUTS", message, field=f"{FIELD}.{name}")
     config = msgspec.convert(sent, S3Config)
     check_scheme(config.endpoint_url, f"{FIELD}.endpointUrl")
-    _location(config, "job", 0, "png")
+    _folder(config, "job")
     return config
 
 
@@ -90,25 +90,23 @@ def s3_destinations(config: S3Config, images: int, image_format: str, job_id: st
         job_id: names their folder.
     """
     found = IMAGE_FORMATS[image_format]
-    locations = [_location(config, job_id, number, found.extension) for number in range(images)]
-    client = connect(locations[0], Access(access_key=config.access_id, secret_key=config.access_secret))
+    folder = _folder(config, job_id)
+    client = connect(folder, Access(access_key=config.access_id, secret_key=config.access_secret))
 
-    def signed(method: str, location: Location, **more: str) -> str:
-        where = {"Bucket": location.bucket, "Key": location.key, **more}
+    def signed(method: str, number: int, **more: str) -> str:
+        where = {"Bucket": folder.bucket, "Key": f"{folder.key}{number}.{found.extension}", **more}
         return str(client.generate_presigned_url(method, Params=where, ExpiresIn=_VALID))
 
     return tuple(
-        Destination(signed("put_object", location, ContentType=found.content_type), link=signed("get_object", location))
-        for location in locations
+        Destination(signed("put_object", number, ContentType=found.content_type), link=signed("get_object", number))
+        for number in range(images)
     )
 
 
-def _location(config: S3Config, job_id: str, number: int, extension: str) -> Location:
-    folder = config.object_path.strip("/")
-    key = "/".join(part for part in (folder, job_id, f"{number}.{extension}") if part)
+def _folder(config: S3Config, job_id: str) -> Location:
+    path = "/".join(part for part in (config.bucket_name, config.object_path.strip("/"), job_id) if part)
     try:
-        url = f"s3:///{config.bucket_name}/{key}"
-        location = parse_location(url, default_endpoint=_endpoint(config), field=FIELD)
+        location = parse_location(f"s3:///{path}/", default_endpoint=_endpoint(config), field=FIELD)
     except ApiError as error:
         message = error.message.replace("AWS_S3_ENDPOINT_URL", "endpointUrl")
         raise ApiError("INVALID_INPUTS", message, field=FIELD) from None

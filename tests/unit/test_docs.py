@@ -43,14 +43,26 @@ def test_every_example_is_a_value() -> None:
         assert check_options({name: option.example}) != {}, name
 
 
-def test_the_readme_lists_every_route() -> None:
+def test_every_route_is_listed() -> None:
     app = build_app(Service(Settings.from_env({})), "docs-test")
     routes = [(re.sub(r"<(\w+)(:\w+)?>", r"{\1}", "/" + route.path), route.methods) for route in app.router.routes]
     served = {f"{method} {path}" for path, methods in routes for method in methods - {"HEAD", "OPTIONS"}}
     told = re.findall(
-        r"`((?:GET|POST|DELETE) /[\w/{}]*)`", (ROOT / "README.md").read_text().split("## Other routes")[1]
+        r"`((?:GET|POST|PUT|DELETE) /[\w/{}]*)`", (ROOT / "README.md").read_text().split("## Other routes")[1]
     )
-    assert served - {"POST /"} == set(told)
+    as_runpod = {route for route in served if re.match(r"\w+ /v[12]/\{endpoint\}/", route)}
+    assert served - as_runpod - {"POST /"} == set(told)
+    table = (
+        (ROOT / "docs" / "jobs.md")
+        .read_text()
+        .split("| --- |")[1]
+        .split("\n\n")[0]
+        .replace("`GET`, `POST", "`GET|POST")
+    )
+    cells = re.findall(r"`((?:GET|POST|PUT)(?:\|POST)?) /v2(/[\w/{}-]*)`", table)
+    rows = {f"{method} {path}" for methods, path in cells for method in methods.split("|")}
+    for version in ("v1", "v2"):
+        assert {route.replace(f"/{version}/", "/") for route in as_runpod if f" /{version}/" in route} == rows
 
 
 def test_links_between_documents_lead_somewhere() -> None:
