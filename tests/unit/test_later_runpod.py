@@ -1,0 +1,206 @@
+"""What RunPod's routes ask of the jobs for later, with stand-ins for the workers."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from api.errors import ApiError
+from api.schema.generation import GenerationResult
+from api.service import later as laters
+from api.service.entries import Terms
+from api.service.jobs import JobState
+from api.service.later import Later
+from api.service.s3_config import read_s3_config
+from api.settings import Settings
+
+PROMPT = {"prompt": "x"}
+S3 = {"accessId": "A", "accessSecret": "s", "bucketName": "b", "endpointUrl": "http://127.0.0.1:1"}
+
+
+class Fake:
+    """A service whose jobs end when they are told to, one at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        worker = types.SimpleNamespace(ready=True, info=types.SimpleNamespace(slots=1))
+        self.dispatcher = types.SimpleNamespace(workers=[worker], expected=0, check_room=lambda: None)
+        self.webhooks: Any = None
+        self.go = asyncio.Event()
+        self.cancelled = 0
+        self.ran: list[Any] = []
+        self.later = Later(settings, self)  # type: ignore[arg-type]
+
+    async def check(self, *_: Any) -> None: ...
+
+    async def admit(self, _: str, model_inputs: dict[str, Any], *__: Any) -> Any:
+        request = types.SimpleNamespace(images=1, image_format="PNG")
+        return _Admitted(request, model_inputs)
+
+    def submit(self, admitted: Any, _: Any) -> Any:
+        self.ran.append(admitted)
+        return admitted
+
+    async def finish(self, job: Any, *, from_start: bool) -> GenerationResult:
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if "fail" in job.inputs:
+            raise ApiError(job.inputs["fail"], "why")
+        return GenerationResult([bytes(job.inputs.get("bytes", 3))], {"image_format": "PNG"}, {}, 0.0)
+
+
+class _Admitted:
+    def __init__(self, request: Any, inputs: dict[str, Any], destinations: tuple[Any, ...] = ()) -> None:
+        self.request, self.inputs, self.destinations = request, inputs, destinations
+
+    def _replace(self, destinations: tuple[Any, ...]) -> _Admitted:
+        return _Admitted(self.request, self.inputs, destinations)
+
+
+@pytest.fixture
+async def fake(tmp_path: Path) -> AsyncIterator[Fake]:
+    made = Fake(Settings.from_env({"STATE_DIR": str(tmp_path), "ALLOW_PRIVATE_URLS": "0"}))
+    made.later.start()
+    yield made
+    made.go.set()
+    await made.later.stop()
+
+
+def terms(**more: Any) -> Terms:
+    return Terms(**{"endpoint": "e", "owner": "alice", **more})
+
+
+async def ended(fake: Fake, job_id: str) -> Any:
+    return await fake.later.ledger.over(job_id, 20)
+
+
+async def test_a_job_that_runs_longer_than_its_policy_allows_is_ended(fake: Fake) -> None:
+    entry = await fake.later.accept("r", PROMPT, {}, terms=terms(execution_timeout=0.05))
+    over = await ended(fake, entry.id)
+    assert (over.state, fake.cancelled) == (JobState.TIMED_OUT, 1)
+    assert over.error["message"] == "Not done within policy.executionTimeout of 50 ms."
+    fake.go.set()
+    assert (await fake.later.ledger.get(entry.id)).state == JobState.TIMED_OUT
+    await fake.later.retry(over)
+    assert (await ended(fake, entry.id)).state == JobState.COMPLETED
+
+
+async def test_a_job_that_waits_longer_than_its_policy_allows_is_ended(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(laters, "_SWEEP", 0.05)
+    await fake.later.accept("r", PROMPT, {}, terms=terms())
+    entry = await fake.later.accept("r", PROMPT, {}, terms=terms(ttl=0.1))
+    over = await asyncio.wait_for(ended(fake, entry.id), 20)
+    assert (over.state, over.started) == (JobState.TIMED_OUT, None)
+    assert fake.later.waiting == 0
+
+
+async def test_a_name_for_a_request_is_of_one_owner_and_endpoint(fake: Fake) -> None:
+    async def accept(inputs: dict[str, Any] = PROMPT, **more: Any) -> str:
+        return (await fake.later.accept("r", inputs, {}, key="k", terms=terms(**more))).id
+
+    first = await accept()
+    assert await accept() == first
+    ids = {first, await accept(owner="bob"), await accept(endpoint="f"), await accept(owner="", endpoint="")}
+    assert len(ids) == 4
+    with pytest.raises(ApiError, match="came with another request"):
+        await accept({"prompt": "y"})
+    with pytest.raises(ApiError, match="came with another request"):
+        await accept(ttl=50.0)
+    chosen = await fake.later.accept("r", PROMPT, {}, job_id="mine", terms=terms())
+    assert chosen.id == "mine"
+    assert (await fake.later.accept("r", PROMPT, {}, job_id="mine", terms=terms())).id == "mine"
+    with pytest.raises(ApiError, match="choose another"):
+        await fake.later.accept("r", PROMPT, {}, job_id="mine", terms=terms(owner="bob"))
+    with pytest.raises(ApiError, match="choose another"):
+        await fake.later.accept("r", PROMPT, {}, job_id=first, terms=terms())
+    assert fake.later.waiting == fake.dispatcher.expected == 4  # one runs
+
+
+async def test_jobs_are_their_owners(fake: Fake) -> None:
+    entry = await fake.later.accept("r", PROMPT, {}, terms=terms())
+    ledger = fake.later.ledger
+    assert (await ledger.get(entry.id, "alice", "e")).id == entry.id
+    for owner, endpoint in (("bob", "e"), ("", "e"), ("alice", "f")):
+        with pytest.raises(ApiError) as caught:
+            await ledger.get(entry.id, owner, endpoint)
+        assert caught.value.code == "NO_SUCH_JOB"
+    assert [len(await fake.later.newest(9, owner)) for owner in ("alice", "bob", "")] == [1, 0, 0]
+
+
+async def test_purging_and_trying_again_count_what_waits(fake: Fake) -> None:
+    await fake.later.accept("r", PROMPT, {}, terms=terms())
+    failing = await fake.later.accept("r", {"fail": "PIPELINE_ERROR"}, {}, terms=terms())
+    others = [await fake.later.accept("r", PROMPT, {}, terms=terms(owner=owner)) for owner in ("alice", "bob")]
+    waiting = asyncio.create_task(ended(fake, others[0].id))
+    await asyncio.sleep(0.1)
+    assert await fake.later.purge("e", "alice") == 2
+    assert (await waiting).state == JobState.CANCELLED
+    assert fake.later.waiting == fake.dispatcher.expected == 1
+    with pytest.raises(ApiError, match="this one is CANCELLED"):
+        await fake.later.retry(await fake.later.ledger.get(failing.id))
+    again = await fake.later.accept("r", {"fail": "PIPELINE_ERROR"}, {}, terms=terms())
+    fake.go.set()
+    over = await ended(fake, again.id)
+    assert over.state == JobState.FAILED
+    await fake.later.retry(over)
+    assert (await ended(fake, again.id)).error == {"code": "PIPELINE_ERROR", "message": "why"}
+    assert (await fake.later.counts("e", "alice")).retried == 1
+    assert fake.later.waiting == fake.dispatcher.expected == 0
+
+
+async def test_only_runpods_jobs_have_a_limit(fake: Fake) -> None:
+    fake.go.set()
+    large = {"bytes": 11 * 2**20}
+    native = await fake.later.accept("r", large, {})
+    theirs = await fake.later.accept("r", large, {}, terms=terms())
+    sync = await fake.later.accept("r", large, {}, terms=terms(sync=True))
+    assert (await ended(fake, native.id)).state == JobState.COMPLETED
+    over = await ended(fake, theirs.id)
+    assert (over.state, over.error["code"]) == (JobState.FAILED, "LIMIT_EXCEEDED")
+    assert (await ended(fake, sync.id)).state == JobState.COMPLETED
+
+
+async def test_addresses_beside_the_inputs_are_looked_at(fake: Fake) -> None:
+    for more, code, field in (
+        ({"terms": terms(webhook="https://example.com")}, "NOT_SUPPORTED", "webhook"),
+        ({"terms": terms(), "s3": read_s3_config(S3)}, "URL_NOT_ALLOWED", "s3Config.endpointUrl"),
+    ):
+        with pytest.raises(ApiError) as caught:
+            await fake.later.accept("r", PROMPT, {}, **more)
+        assert (caught.value.code, caught.value.field) == (code, field)
+    fake.webhooks = object()
+    with pytest.raises(ApiError) as caught:
+        await fake.later.accept("r", PROMPT, {}, terms=terms(webhook="http://127.0.0.1:1/x"))
+    assert (caught.value.code, caught.value.field) == ("URL_NOT_ALLOWED", "webhook")
+    assert fake.later.waiting == fake.dispatcher.expected == 0
+
+
+async def test_an_end_reaches_its_webhook_with_the_output(tmp_path: Path) -> None:
+    got = asyncio.Queue[dict[str, Any]]()
+
+    class Sender:
+        async def post(self, url: str, body: bytes, **more: Any) -> None:
+            got.put_nowait({"url": url, "body": msgspec.json.decode(body), **more})
+
+    fake = Fake(Settings.from_env({"STATE_DIR": str(tmp_path), "ALLOW_PRIVATE_URLS": "1"}))
+    fake.webhooks = Sender()
+    fake.later.start()
+    entry = await fake.later.accept("r", PROMPT, {}, terms=terms(webhook="http://127.0.0.1:1/x"))
+    fake.go.set()
+    told = await asyncio.wait_for(got.get(), 20)
+    assert {key: told[key] for key in ("url", "job", "kind", "owner")} == {
+        "url": "http://127.0.0.1:1/x", "job": entry.id, "kind": "runpod", "owner": "alice",
+    }  # fmt: skip
+    assert (told["body"]["status"], told["body"]["output"]["image_base64"]) == ("COMPLETED", "AAAA")
+    await fake.later.stop()
+    assert got.empty()
