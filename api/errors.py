@@ -32,6 +32,7 @@ CODES: dict[str, tuple[int, str]] = {
     "NO_SUCH_PIPELINE": (404, "diffusers has no pipeline class of that name."),
     "NO_SUCH_SCHEDULER": (404, "diffusers has no scheduler class of that name."),
     "NO_SUCH_JOB": (404, "There is no such job, or its result was kept as long as RESULT_TTL says and removed."),
+    "NO_SUCH_WEBHOOK": (404, "There is no such webhook: it has arrived, or was given up long ago."),
     "METHOD_NOT_ALLOWED": (405, "The route exists, but not with this method."),
     "NOT_ACCEPTABLE": (406, "The `Accept` header asks for something the answer cannot be."),
     "BODY_TOO_LARGE": (413, "The body is larger than MAX_BODY."),

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED_MODELS = ROOT / "models"
@@ -96,6 +98,25 @@ def _budget(value: str) -> int | float | None:
             raise ValueError("must be more than 0% and at most 100%")
         return float(match[1]) / 100
     return _bytes(value)
+
+
+def _web_address(value: str) -> str:
+    parts = urlsplit(value)
+    if value and not (
+        value.isascii() and parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+    ):
+        raise ValueError("must be an http or https URL, in ASCII, without a password")
+    return value
+
+
+def _sign_key(value: str) -> str:
+    if value.startswith("whsec_"):  # a secret of Standard Webhooks
+        try:
+            if not base64.b64decode(value[6:] + "=" * (-len(value[6:]) % 4), validate=True):
+                raise ValueError
+        except ValueError:
+            raise ValueError("what follows whsec_ must be base64") from None
+    return value
 
 
 def _models_dir(value: str) -> Path:
@@ -282,6 +303,22 @@ class Settings:
     allow_private_urls: bool = _variable(
         "ALLOW_PRIVATE_URLS", "0", _flag, "1: URLs in requests may lead into private networks"
     )
+    send_url: str = _variable(
+        "SEND_URL", "", _web_address, "receiver of webhooks, where a request names none; may be in a private network"
+    )
+    sign_key: str = _variable(
+        "SIGN_KEY", "", _sign_key, "what webhooks are signed with, where a request brings no key", secret=True
+    )
+    container_id: str = _variable("CONTAINER_ID", "", _text, "what events and webhooks call this container")
+    webhook_tries: int = _variable(
+        "WEBHOOK_TRIES", "30", _whole(1, 1000), "how often a webhook is sent until it is given up: for about an hour"
+    )
+    webhook_timeout: float = _variable(
+        "WEBHOOK_TIMEOUT", "20", _seconds, "seconds that the receiver of a webhook may take to answer"
+    )
+    webhook_ttl: float = _variable(
+        "WEBHOOK_TTL", "86400", _seconds, "seconds after which a webhook that has not arrived is given up"
+    )
     legacy_status: bool = _variable("LEGACY_STATUS", "0", _flag, "1: errors come with HTTP 200, for old clients")
     log_format: str = _variable(
         "LOG_FORMAT", "", _one_of("", "text", "json"), "text or json; empty: text on a terminal"
@@ -307,7 +344,8 @@ class Settings:
             try:
                 values[f.name] = meta["parse"](environ.get(meta["name"], meta["default"]))
             except ValueError as fault:
-                faults.append(f"{meta['name']}={environ.get(meta['name'])!r}: {fault}")
+                value = repr(environ.get(meta["name"])) if f.repr else "***"
+                faults.append(f"{meta['name']}={value}: {fault}")
         if faults:
             raise SettingsError("; ".join(faults))
         return cls(**{**values, **overrides})

@@ -10,7 +10,7 @@ import time
 from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
-from api.http import errors, health, jobs, models, native, plan, runpod, schedulers
+from api.http import errors, health, jobs, models, native, plan, runpod, schedulers, webhooks
 from api.service.service import Service
 
 log = logging.getLogger("api.http")
@@ -74,6 +74,6 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
             extra={"request_id": request_id},
         )
 
-    for part in (native, plan, jobs, runpod, health, models, schedulers):
+    for part in (native, plan, jobs, runpod, health, models, schedulers, webhooks):
         part.register(app)
     return app

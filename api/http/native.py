@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -17,11 +17,11 @@ from api.http.accept import accept
 from api.http.errors import error_body, to_api_error
 from api.schema.generation import GenerationResult
 from api.schema.images import IMAGE_FORMATS, format_name
-from api.schema.messages import OnTheWay, Phase, Preview
-from api.schema.transfers import Transfer
-from api.service.bodies import halves, images_body, result_body
+from api.service.admission import Admitted
+from api.service.bodies import halves, result_body
+from api.service.native_events import NativeEvents, tee
 from api.service.service import Service
-from api.service.steps import Steps
+from api.service.webhooks import Hook, telling
 
 IMAGE_TYPES = {found.content_type: name for name, found in IMAGE_FORMATS.items()}
 OFFERS = ("application/json", *IMAGE_TYPES, "application/x-ndjson")
@@ -45,20 +45,35 @@ async def generate(request: Request) -> HTTPResponse | None:
     wanted = wanted_type(request.headers.get("accept"))
     if wanted in IMAGE_TYPES:
         call_inputs = _with_format(call_inputs, wanted)
+    hook = service.webhooks.hook(call_inputs, owner=getattr(request.ctx, "owner", ""))
     if call_inputs.get("streamEvents") in (True, 1):
-        await _stream(request, model_inputs, call_inputs)
+        await _stream(request, model_inputs, call_inputs, hook)
         return None
-    admitted = await service.admit(request.ctx.id, model_inputs, call_inputs)
-    if wanted in IMAGE_TYPES and admitted.request.images > 1:
-        message = f"{admitted.request.images} images do not fit in one {wanted}; accept application/json."
-        raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
-    if wanted in IMAGE_TYPES and (admitted.request.output or admitted.destinations):
-        message = f"Links, and what output asks for, do not fit in one {wanted}; accept application/json."
-        raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
-    result = await service.finish(service.submit(admitted))
+    with telling(hook):
+        admitted = await service.admit(request.ctx.id, model_inputs, call_inputs, hook)
+        if wanted in IMAGE_TYPES and admitted.request.images > 1:
+            message = f"{admitted.request.images} images do not fit in one {wanted}; accept application/json."
+            raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
+        if wanted in IMAGE_TYPES and (admitted.request.output or admitted.destinations):
+            message = f"Links, and what output asks for, do not fit in one {wanted}; accept application/json."
+            raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
+        result = await _finish(service, admitted, hook, hook)
     if wanted in IMAGE_TYPES:
         return _bytes_response(result, wanted)
     return HTTPResponse(orjson.dumps(result_body(result)), content_type="application/json")
+
+
+async def _finish(
+    service: Service, admitted: Admitted, on_event: Callable[[Any], None] | None, hook: Hook | None
+) -> GenerationResult:
+    """Run a request; what its receiver was told is safe when its client gets the answer."""
+    job = service.submit(admitted, on_event)
+    if hook is None:
+        return await service.finish(job)
+    hook.begin(admitted.options)
+    result = await service.finish(job, on_upload=hook)
+    await hook.stored()
+    return result
 
 
 def parse_body(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,78 +163,36 @@ _BEHIND = 50
 """Lines that a client has not read, beyond which it gets no previews: they are the large ones, and nobody sees them."""
 
 
-class _Events:
-    """The events of one request as lines of JSON, in the shapes of docker-diffusers-api."""
+class _Lines:
+    """The events of one request, as they go into its stream."""
 
-    def __init__(self, start_request_id: str | None) -> None:
+    def __init__(self, start_request_id: str | None, container_id: str) -> None:
         self.queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self.begun = asyncio.Event()
-        self.callback_steps: int | None = None
-        self._running = False
-        self._steps = Steps()
-        self._payload = {"startRequestId": start_request_id}
-        self._began = time.time()
-        self._last: dict[str, float] = {}
+        payload = {"startRequestId": start_request_id}
+        self.events = NativeEvents(self._put, payload, container_id, lambda: self.queue.qsize() < _BEHIND)
 
-    @property
-    def progress(self) -> dict[str, Any] | None:
-        """The line that is sent once a second while the device is at the request, else None."""
-        if not self._running:
-            return None
-        steps = self._steps.progress
-        share = steps["step"] / steps["total"] if steps else 0.0
-        return {"type": "inference", "progress": share, **(steps or {})}
-
-    def __call__(self, event: OnTheWay | Transfer) -> None:
-        if isinstance(event, Transfer):
-            moved = {"model": event.model_id, "bytes": event.done, "total": event.total}
-            self._put(event.kind, event.status, {**moved, "rate": event.rate, "eta": event.eta})
-        elif isinstance(event, Phase):
-            self._put(event.kind, event.status, {})
-            if event.kind == "inference":
-                self._running, self._steps = event.status == "start", Steps()
-        elif isinstance(event, Preview):
-            if self.queue.qsize() < _BEHIND:
-                self._put(
-                    "inference", "preview", {"step": event.step, "total": event.total, **images_body(event.images)}
-                )
-        else:
-            self._steps.note(event)
-            if self.callback_steps and (event.step - 1) % self.callback_steps == 0:
-                # as there: the index of the step, from 0
-                self._put("inference", "progress", {**(self._steps.progress or {}), "step": event.step - 1})
-
-    def _put(self, kind: str, status: str, payload: dict[str, Any]) -> None:
+    def _put(self, event: dict[str, Any]) -> None:
         self.begun.set()
-        now = time.time()
-        since = now - self._last.get(kind, now) if status == "done" else 0.0
-        if status not in ("progress", "preview"):
-            self._last[kind] = now
-        self.queue.put_nowait(
-            {
-                "type": kind,
-                "status": status,
-                "container_id": None,
-                "time": round(now * 1000),
-                "t": round((now - self._began) * 1000),
-                "tsl": round(since * 1000),
-                "payload": {**self._payload, **payload},
-            }
-        )
+        self.queue.put_nowait(event)
 
 
-async def _stream(request: Request, model_inputs: dict[str, Any], call_inputs: dict[str, Any]) -> None:
+async def _stream(
+    request: Request, model_inputs: dict[str, Any], call_inputs: dict[str, Any], hook: Hook | None
+) -> None:
     named = call_inputs.get("startRequestId")
-    events = _Events(named if isinstance(named, str) else None)
     service: Service = request.app.ctx.service
-    admission = asyncio.create_task(service.admit(request.ctx.id, model_inputs, call_inputs, events))
+    lines = _Lines(named if isinstance(named, str) else None, service.settings.container_id)
+    on_event = tee(lines.events, hook)
+    admission = asyncio.create_task(service.admit(request.ctx.id, model_inputs, call_inputs, on_event))
 
     async def run() -> GenerationResult:
-        admitted = await admission
-        events.callback_steps = admitted.options.get("callback_steps")
-        return await service.finish(service.submit(admitted, events))
+        with telling(hook):
+            admitted = await admission
+            lines.events.callback_steps = admitted.options.get("callback_steps")
+            return await _finish(service, admitted, on_event, hook)
 
-    begun = asyncio.create_task(events.begun.wait())
+    begun = asyncio.create_task(lines.begun.wait())
     job: asyncio.Task[GenerationResult] | None = None
     try:
         # what is wrong with a request is told by the status, unless its model had to be fetched first
@@ -227,18 +200,18 @@ async def _stream(request: Request, model_inputs: dict[str, Any], call_inputs: d
         if admission.done():
             admission.result()
         job = asyncio.create_task(run())
-        job.add_done_callback(lambda _: events.queue.put_nowait(None))
+        job.add_done_callback(lambda _: lines.queue.put_nowait(None))
         response = await request.respond(content_type="application/x-ndjson")
         tick = asyncio.get_running_loop().time() + 1
         while True:
             line = None
             with contextlib.suppress(TimeoutError):
-                line = await asyncio.wait_for(events.queue.get(), tick - asyncio.get_running_loop().time())
+                line = await asyncio.wait_for(lines.queue.get(), tick - asyncio.get_running_loop().time())
                 if line is None:
                     break
             if line is None:
                 tick += 1
-                if (line := events.progress) is None:
+                if (line := lines.events.progress) is None:
                     continue
             await response.send(orjson.dumps(line) + b"\n")
         try:

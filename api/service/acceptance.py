@@ -7,7 +7,6 @@ import hashlib
 import msgspec
 
 from api.errors import ApiError
-from api.service.completions import Sender
 from api.service.destinations import Destination, check_destinations
 from api.service.entries import Terms
 from api.service.s3_config import S3Config, check_s3_config
@@ -35,15 +34,13 @@ def digest_of(inputs: bytes, terms: Terms, priority: str) -> str:
     return hashlib.sha256(inputs + more).hexdigest()
 
 
-async def check_places(terms: Terms, s3: S3Config | None, sender: Sender | None, settings: Settings) -> None:
+async def check_places(terms: Terms, s3: S3Config | None, settings: Settings) -> None:
     """Whether the addresses that came beside the inputs may be connected to.
 
     Raises:
-        ApiError: URL_NOT_ALLOWED; NOT_SUPPORTED where no webhooks are sent.
+        ApiError: URL_NOT_ALLOWED.
     """
     if terms.webhook:
-        if sender is None:
-            raise ApiError("NOT_SUPPORTED", "This server sends no webhooks.", field="webhook")
         try:
             await check_destinations((Destination(terms.webhook),), settings)
         except ApiError as error:

@@ -34,6 +34,7 @@ from api.service.fetcher import Fetched, Fetcher
 from api.service.options import check_options
 from api.service.pictures import read_picture
 from api.service.requests import complete
+from api.service.webhooks_delivery import check_receiver
 from api.settings import Settings
 
 
@@ -108,6 +109,8 @@ class Admission:
             ApiError: the first thing that is wrong.
         """
         options = check_options(call_inputs)
+        if "SEND_URL" in options:
+            await check_receiver(options["SEND_URL"], "callInputs.SEND_URL", self._settings)
         code = await self._community(options)
         if "preview" in options and on_event is None:
             message = "Previews are events, and this answer has none: send streamEvents as well, or a job for later."
@@ -160,6 +163,8 @@ class Admission:
         if options.get("streamEvents"):
             message = "A job for later is not streamed to the one who sends it: read GET /jobs/{id}/events."
             raise ApiError("INVALID_INPUTS", message, field="callInputs.streamEvents")
+        if "SEND_URL" in options:
+            await check_receiver(options["SEND_URL"], "callInputs.SEND_URL", self._settings)
         ref, code = self.source_ref(options), await self._community(options)
         self._adapters.check(options)
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)

@@ -124,7 +124,7 @@ def _image_key(key: str, image_format: str) -> str:
     return key + extension
 
 
-async def check_destinations(destinations: tuple[Destination, ...], settings: Settings) -> None:
+async def check_destinations(destinations: tuple[Destination, ...], settings: Settings, field: str = FIELD) -> None:
     """Say before anything is generated that an address is not allowed, which is looked at again on connecting.
 
     Raises:
@@ -138,7 +138,7 @@ async def check_destinations(destinations: tuple[Destination, ...], settings: Se
             addresses = [str(info[4][0]) for info in await loop.getaddrinfo(*host, type=socket.SOCK_STREAM)]
         except (OSError, UnicodeError):
             message = f"The name {host[0]} cannot be resolved."
-            raise ApiError("URL_NOT_ALLOWED", message, field=FIELD, requested=host[0]) from None
+            raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=host[0]) from None
         if not all(map(is_public, addresses)):
             message = "The address leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that."
-            raise ApiError("URL_NOT_ALLOWED", message, field=FIELD, requested=host[0])
+            raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=host[0])

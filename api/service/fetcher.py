@@ -232,11 +232,16 @@ class Fetcher:
         trackers = [fetch.tracker for fetch in self._fetches.values()] + list(self._uploading.values())
         return [transfer for tracker in trackers for transfer in tracker.now()]
 
-    def upload_after_use(self, folder: Path) -> None:
-        """Begin the upload that was asked for with MODEL_URL, now that an image was returned."""
+    def upload_after_use(self, folder: Path, on_event: OnTransfer | None = None) -> None:
+        """Begin the upload that was asked for with MODEL_URL, now that an image was returned.
+
+        Args:
+            folder: the model.
+            on_event: called with what happens.
+        """
         location = self._uploads.pop(folder.name, None)
         if location is not None and not self._stopping:
-            self._begin(self._upload(folder, location))
+            self._begin(self._upload(folder, location, on_event))
 
     async def stop(self) -> None:
         """End what runs; it goes on where it was when it is asked for again."""
@@ -344,8 +349,16 @@ class Fetcher:
     def _leased(self) -> set[str]:
         return self._in_use() | {name for name, count in list(self._held.items()) if count > 0}
 
-    async def _upload(self, folder: Path, location: Location) -> None:
-        tracker = self._uploading[folder.name] = Tracker(folder.name, lambda event: None)
+    async def _upload(self, folder: Path, location: Location, on_event: OnTransfer | None) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(event: Transfer) -> None:
+            if on_event is not None:
+                if location.kind != "prefix":  # packed while it is sent
+                    soon(loop, on_event, msgspec.structs.replace(event, kind="compress"))
+                soon(loop, on_event, event)
+
+        tracker = self._uploading[folder.name] = Tracker(folder.name, tell)
         self._held[folder.name] += 1
         by_hand = f"By hand: python -m api models push {folder.name} {location}"
         try:

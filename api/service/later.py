@@ -28,6 +28,7 @@ from api.service.ledger import Ledger
 from api.service.reports import Report, state_event
 from api.service.s3_config import S3Config
 from api.service.store import MAX_TRIES
+from api.service.webhooks import Hook
 from api.settings import Settings
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Later:
         self.ledger.on_end = self._completions.look
         self.waiting = 0
         self._running: dict[str, tuple[asyncio.Task[None], Report]] = {}
+        self._hooks: dict[str, Hook] = {}
         self._wake = asyncio.Event()
         self._recovered = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -156,7 +158,7 @@ class Later:
             self._count(1)  # before anything is awaited: those who come meanwhile find the queue as full as it will be
             try:
                 await self._service.check(model_inputs, call_inputs)
-                await check_places(terms, s3, self._service.webhooks, self._settings)
+                await check_places(terms, s3, self._settings)
             except BaseException:
                 self._count(-1)
                 raise
@@ -278,8 +280,7 @@ class Later:
                 log.exception("what an earlier process left cannot be read")
                 await asyncio.sleep(_PAUSE)
         self._begin(self.ledger.write_events())
-        if self._service.webhooks is not None:
-            self._begin(self._completions.tell(self._service.webhooks))
+        self._begin(self._completions.tell(self._service.webhooks))
         self._begin(self._sweep())
         while not self._closing:
             self._wake.clear()
@@ -304,7 +305,7 @@ class Later:
                 await self.ledger.give_back(job_id, counts=True)
             else:
                 message = f"The server died {tries} times while it ran this job; it is not tried again."
-                await self.ledger.end(job_id, ApiError("WORKER_DIED", message))
+                await self._end_from_outside(job_id, ApiError("WORKER_DIED", message))
         if waiting := await self.ledger.call(self._store.waiting):
             self._count(waiting)
             log.info("%d jobs wait from before", waiting)
@@ -335,13 +336,19 @@ class Later:
         self._release(job_id)  # of one that was cancelled before it began
         if job_id in self._running and self._running[job_id][0] is task:  # it may be its turn once more already
             del self._running[job_id]
+            self._hooks.pop(job_id, None)
             self.ledger.forget(job_id)
         self._wake.set()
 
     async def _run(self, turn: Turn, report: Report) -> None:
         about = {"request_id": turn.request_id}
+        inputs = msgspec.json.decode(turn.inputs)
+        hook = self._service.webhooks.hook(inputs["callInputs"], job=turn.id, owner=turn.terms.owner)
+        if hook:
+            hook.begin()
+            self._hooks[turn.id] = hook
         try:
-            outcome: GenerationResult | ApiError = await self._generate(turn, report)
+            outcome: GenerationResult | ApiError = await self._generate(turn, inputs, report, hook)
         except ApiError as error:
             outcome = error
         except Exception:
@@ -355,19 +362,36 @@ class Later:
                     self._count(1)
                 return
             log.warning("job failed: %s %s", outcome.code, outcome.message, extra=about)
+            if hook:
+                hook.fail(outcome)
+        if hook:  # once it is over nobody would tell its events again
+            await hook.stored()
         await self.ledger.end(turn.id, outcome)
 
-    async def _generate(self, turn: Turn, report: Report) -> GenerationResult:
+    async def _generate(
+        self, turn: Turn, inputs: dict[str, Any], report: Report, hook: Hook | None
+    ) -> GenerationResult:
         self._release(turn.id)  # the next line takes the place itself, before it awaits anything
-        return await turns.run(turn, report, self._service, self._settings)
+        return await turns.run(turn, inputs, report, hook, self._service, self._settings)
 
     async def _fail(self, job_id: str, error: ApiError) -> None:
         """End a job from outside, in whatever state it is."""
-        before = await self.ledger.end(job_id, error)
+        before = await self._end_from_outside(job_id, error)
         if before == JobState.IN_QUEUE:
             self._count(-1)
         if before is not None and job_id in self._running:
             self._running[job_id][0].cancel()
+
+    async def _end_from_outside(self, job_id: str, error: ApiError) -> JobState | None:
+        """End a job, and tell the receiver of its webhooks."""
+        hook = self._hooks.get(job_id)
+        if hook is None and (inputs := await self.ledger.call(self._store.inputs, job_id)):
+            hook = self._service.webhooks.hook(msgspec.json.decode(inputs)["callInputs"], job=job_id)
+        before = await self.ledger.end(job_id, error)
+        if hook and before is not None:
+            hook.begin()
+            hook.fail(error)
+        return before
 
     async def _sweep(self) -> None:
         shortest = min(self._settings.job_ttl, self._settings.result_ttl)

@@ -15,6 +15,7 @@ from api.models.adapters import INVERSION, LORA, Asked, read_asked
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS, OUTPUTS
 from api.schema.prompts import SYNTAXES
+from api.service.webhooks_signing import check_key
 
 _LONGEST = 200
 _LONGEST_URL = 8192
@@ -144,6 +145,17 @@ def _urls(value: Any, field: str, meaning: str) -> tuple[str, ...]:
     return tuple(urls)
 
 
+def _secret(value: Any, field: str, meaning: str) -> str:
+    """A key; what was sent is in no message."""
+    if not isinstance(value, str) or len(value) > _LONGEST:
+        raise _invalid(field, f"Must be a string of at most {_LONGEST} characters: {meaning}.", None)
+    try:
+        check_key(value)
+    except ValueError as fault:
+        raise _invalid(field, f"Cannot be used: {fault}.", None) from None
+    return value
+
+
 def _invalid(field: str, message: str, value: Any, among: tuple[str, ...] | None = None) -> ApiError:
     return ApiError("INVALID_INPUTS", message, field=field, requested=value, available=list(among) if among else None)
 
@@ -235,13 +247,19 @@ OPTIONS: dict[str, Option] = {
         default="none", example=True, check=_preview,
     ),
     "async": flag("answer at once with the id of a job for later"),
-    "startRequestId": text("the client's own id; returned in $meta", "none", "order-7"),
+    "startRequestId": text("the client's own id; returned in $meta, and in events", "none", "order-7"),
+    "SEND_URL": text(
+        "where to send its events as webhooks ([webhooks.md](webhooks.md))", _SERVERS, "https://example.com/hook",
+        _LONGEST_URL,
+    ),
+    "SIGN_KEY": Option(
+        kind="string", meaning="what these are signed with", default=_SERVERS, example="a long random text",
+        check=_secret,
+    ),
 }  # fmt: skip
 KNOWN = tuple(OPTIONS)
 
 LATER = {
-    "SEND_URL": "no webhooks are sent yet",
-    "SIGN_KEY": "no webhooks are sent yet",
     "use_extra": "there are no extras yet",
     "FILL_MODE": "prepare the picture before sending it",
     "train": "training is not offered yet",

@@ -23,13 +23,14 @@ from api.schema.images import IMAGE_FORMATS
 from api.schema.messages import OnTheWay
 from api.schema.transfers import Transfer
 from api.service.admission import Admission, Admitted
-from api.service.completions import Sender
 from api.service.dispatch import Dispatcher
 from api.service.fetcher import Fetcher
 from api.service.jobs import Job, JobState
 from api.service.later import Later
 from api.service.schedulers import check_name
 from api.service.upload import upload
+from api.service.webhooks import Webhooks
+from api.service.webhooks_init import tell_start
 from api.settings import Settings
 
 log = logging.getLogger("api.service")
@@ -72,10 +73,11 @@ class Service:
         self.fetcher = Fetcher(settings, self.library, self.dispatcher.folders)
         has_gpu = any(name.startswith("cuda") for name in names)
         self._admission = Admission(settings, self.library, self.fetcher, has_gpu)
-        self.webhooks: Sender | None = None
+        self.webhooks = Webhooks(settings)
         self.later = Later(settings, self)
         self._to_fetch = [ref for ref in self._admission.default_refs() if not self._warm(ref, self.library.find(ref))]
         self._fetching: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         if self._to_fetch and not settings.runtime_downloads:
             missing = ", ".join(ref.model_id for ref in self._to_fetch)
             message = f"Not here: {missing}; and RUNTIME_DOWNLOADS=0 forbids to fetch it."
@@ -88,6 +90,7 @@ class Service:
             SettingsError: STATE_DIR cannot be used, or another server uses it.
         """
         self.later.open()
+        self.webhooks.open()
 
     def start(self) -> None:
         """Start the workers, and fetch the models that they are to have; returns at once."""
@@ -95,6 +98,8 @@ class Service:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(_THREADS, "service"))
         self.dispatcher.start()
+        self.webhooks.start()
+        self._telling = loop.create_task(tell_start(self.webhooks, self.dispatcher, self.settings))
         self.later.start()
         loop.run_in_executor(None, self.library.volume.sweep)
         if self._to_fetch:
@@ -106,10 +111,13 @@ class Service:
         self.dispatcher.draining = True
         if self._fetching:
             self._fetching.cancel()
+        if self._telling:
+            self._telling.cancel()
         self.later.close()
         await self.fetcher.stop()
         await self.dispatcher.stop()
         await self.later.stop()
+        await self.webhooks.stop()
 
     async def admit(
         self,
@@ -190,11 +198,14 @@ class Service:
         self.dispatcher.submit(job)
         return job
 
-    async def finish(self, job: Job, *, from_start: bool = False) -> GenerationResult:
+    async def finish(
+        self, job: Job, *, from_start: bool = False, on_upload: Callable[[Transfer], None] | None = None
+    ) -> GenerationResult:
         """Wait for a job. If the caller is cancelled, so is the job.
 
         Args:
             from_start: REQUEST_TIMEOUT counts while a worker runs the job; otherwise from now on, waiting included.
+            on_upload: called, from then on, while its model is uploaded to MODEL_URL, if it is.
 
         Raises:
             ApiError: the job failed, was cancelled or timed out; UPLOAD_FAILED.
@@ -210,7 +221,7 @@ class Service:
             log.info("nobody waits for the job any more; it is cancelled", extra={"request_id": job.request.request_id})
             self.dispatcher.cancel(job, ApiError("CANCELLED", "The client went away."))
             raise
-        self.fetcher.upload_after_use(Path(job.request.model.folder))
+        self.fetcher.upload_after_use(Path(job.request.model.folder), on_upload)
         return await self._uploaded(job, result) if job.destinations else result
 
     async def _uploaded(self, job: Job, result: GenerationResult) -> GenerationResult:

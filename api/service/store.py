@@ -23,6 +23,7 @@ from api.schema.generation import GenerationResult
 from api.schema.images import IMAGE_FORMATS
 from api.service.database import Database
 from api.service.entries import NATIVE, SELECT, Accepted, Entry, StoredResult, Terms, Turn, entry_of
+from api.service.job_tables import JOBS
 from api.service.jobs import JobState
 from api.service.results import Images
 
@@ -49,7 +50,7 @@ class Store:
     def __init__(self, folder: Path, *, persist_inputs: bool) -> None:
         self.images = Images(folder / "results" if persist_inputs else None)
         self._folder = folder
-        self._db = Database(folder, persist_inputs=persist_inputs)
+        self._db = Database(folder, JOBS, persist_inputs=persist_inputs)
 
     def open(self) -> None:
         """Take the folder for this process.
@@ -223,6 +224,11 @@ class Store:
     def running(self) -> list[tuple[str, int]]:
         """Ids and tries of the jobs that run; after a start: of those that ran when the process ended."""
         return self._db.execute("SELECT id, tries FROM jobs WHERE state = ? ORDER BY number", (_RUNNING,)).fetchall()
+
+    def inputs(self, job_id: str) -> bytes | None:
+        """What a job is made from; None where it is over, or its inputs were in memory only."""
+        row = self._db.execute("SELECT body FROM inputs WHERE id = ?", (job_id,)).fetchone()
+        return row[0] if row else None
 
     def without_inputs(self) -> list[str]:
         """Jobs that are not over and cannot be done, since their inputs were in memory only."""

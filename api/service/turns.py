@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from api.errors import ApiError
 from api.schema.generation import GenerationResult
 from api.service.entries import Turn
+from api.service.native_events import tee
 from api.service.output_limit import within_limit
 from api.service.reports import Report
 from api.service.s3_config import FIELD, S3Config, s3_destinations
+from api.service.webhooks import Hook
 from api.settings import Settings
 
 if TYPE_CHECKING:
     from api.service.service import Service
 
 
-async def run(turn: Turn, report: Report, service: Service, settings: Settings) -> GenerationResult:
+async def run(
+    turn: Turn, inputs: dict[str, Any], report: Report, hook: Hook | None, service: Service, settings: Settings
+) -> GenerationResult:
     """Admit it and wait for its result; its place in the queue is taken before anything is awaited.
+
+    Args:
+        turn: of which job.
+        inputs: what it is made from.
+        report: tells its events to its readers.
+        hook: tells them to its webhook.
+        service: runs it.
+        settings: how long its model may take, and where large outputs go.
 
     Raises:
         ApiError: how it failed; TIMED_OUT where it took longer than its policy allows.
@@ -28,7 +40,7 @@ async def run(turn: Turn, report: Report, service: Service, settings: Settings) 
     limit = turn.terms.execution_timeout
     try:
         async with asyncio.timeout(limit) as timer:
-            return await _run(turn, report, service, settings)
+            return await _run(turn, inputs, report, hook, service, settings)
     except TimeoutError:
         if limit is None or not timer.expired():
             raise
@@ -36,11 +48,15 @@ async def run(turn: Turn, report: Report, service: Service, settings: Settings) 
         raise ApiError("TIMED_OUT", message) from None
 
 
-async def _run(turn: Turn, report: Report, service: Service, settings: Settings) -> GenerationResult:
-    inputs = msgspec.json.decode(turn.inputs)
+async def _run(
+    turn: Turn, inputs: dict[str, Any], report: Report, hook: Hook | None, service: Service, settings: Settings
+) -> GenerationResult:
+    on_event = tee(report, hook)
     admitted = await service.admit(
-        turn.request_id, inputs["modelInputs"], inputs["callInputs"], report, settings.job_ttl
+        turn.request_id, inputs["modelInputs"], inputs["callInputs"], on_event, settings.job_ttl
     )
+    if hook:
+        hook.begin(admitted.options)
     request = admitted.request
     theirs = "s3Config" in inputs
     if theirs:
@@ -48,7 +64,7 @@ async def _run(turn: Turn, report: Report, service: Service, settings: Settings)
         where = await asyncio.to_thread(s3_destinations, config, request.images, request.image_format, turn.id)
         admitted = admitted._replace(destinations=where)
     try:
-        result = await service.finish(service.submit(admitted, report), from_start=True)
+        result = await service.finish(service.submit(admitted, on_event), from_start=True, on_upload=hook)
     except ApiError as error:
         if theirs and error.code == "UPLOAD_FAILED":
             error.field = FIELD

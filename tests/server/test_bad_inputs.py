@@ -130,7 +130,11 @@ BAD: list[tuple[str, dict[str, Any], dict[str, Any], int, str, str]] = [
     ("open bracket for a model that is not here", {"prompt": "(a"}, {"MODEL_ID": "no/such", "compel_prompts": 1}, 400, "INVALID_INPUTS", "modelInputs.prompt"),
     ("two syntaxes", P, {"prompt_syntax": "a1111", "compel_prompts": True}, 400, "INVALID_INPUTS", "callInputs.compel_prompts"),
     ("a syntax and its opposite", P, {"prompt_syntax": "compel", "compel_prompts": False}, 400, "INVALID_INPUTS", "callInputs.compel_prompts"),
-    ("webhook", P, {"SEND_URL": "http://x/"}, 422, "NOT_SUPPORTED", "callInputs.SEND_URL"),
+    ("webhooks to what is no URL", P, {"SEND_URL": "ftp://x/"}, 400, "URL_NOT_ALLOWED", "callInputs.SEND_URL"),
+    ("webhooks into a private network", P, {"SEND_URL": "http://127.0.0.1:1/"}, 400, "URL_NOT_ALLOWED", "callInputs.SEND_URL"),
+    ("webhooks with a password", P, {"SEND_URL": "http://a:b@example.com/"}, 400, "INVALID_INPUTS", "callInputs.SEND_URL"),
+    ("webhooks to many", P, {"SEND_URL": ["http://x/"]}, 400, "INVALID_INPUTS", "callInputs.SEND_URL"),
+    ("a key that is none", P, {"SIGN_KEY": "whsec_???"}, 400, "INVALID_INPUTS", "callInputs.SIGN_KEY"),
 ]  # fmt: skip
 
 BODIES: list[tuple[str, bytes, int, str]] = [

@@ -40,7 +40,7 @@ class Refusing:
 
     def __init__(self) -> None:
         self.dispatcher = Room(100)
-        self.webhooks = None
+        self.webhooks = types.SimpleNamespace(hook=lambda *_, **__: None)
         self.admitted = 0
 
     async def check(self, *_: Any) -> None: ...

@@ -7,6 +7,7 @@ from api.errors import ApiError
 from api.http import native
 from api.http.native import wanted_type
 from api.schema.messages import Phase, Preview, Progress
+from api.service import native_events
 
 
 @pytest.mark.parametrize(
@@ -45,12 +46,13 @@ def test_each_image_carries_its_own_parameters() -> None:
     assert [f"Seed: {seed}," in text for seed, text in zip((1, 2, 3, 4), texts, strict=True)] == [True] * 4
 
 
-def lines_of(events: native._Events) -> list[dict]:
-    return [events.queue.get_nowait() for _ in range(events.queue.qsize())]
+def lines_of(stream: native._Lines) -> list[dict]:
+    return [stream.queue.get_nowait() for _ in range(stream.queue.qsize())]
 
 
 def test_the_lines_of_a_stream() -> None:
-    events = native._Events("mine")
+    stream = native._Lines("mine", "")
+    events = stream.events
     events.callback_steps = 2
     assert events.progress is None
     events(Phase("a", "inference", "start"))
@@ -62,7 +64,7 @@ def test_the_lines_of_a_stream() -> None:
     assert events.progress == {"type": "inference", "progress": 1.0, "step": 4, "total": 4, "eta": 0.0}
     events(Phase("a", "inference", "done"))
     assert events.progress is None
-    lines = lines_of(events)
+    lines = lines_of(stream)
     assert [(line["status"], line["payload"].get("step")) for line in lines] == [
         ("start", None), ("progress", 0), ("preview", 2), ("progress", 2), ("preview", 4), ("done", None),
     ]  # fmt: skip
@@ -75,8 +77,9 @@ def test_the_lines_of_a_stream() -> None:
 
 def test_the_time_since_the_start_is_not_that_since_a_preview(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(native.time, "time", lambda: now[0])
-    events = native._Events(None)
+    monkeypatch.setattr(native_events.time, "time", lambda: now[0])
+    stream = native._Lines(None, "")
+    events = stream.events
     for seconds, event in (
         (0, Phase("a", "inference", "start")),
         (2, Preview("a", 1, 2, [b""])),
@@ -84,17 +87,18 @@ def test_the_time_since_the_start_is_not_that_since_a_preview(monkeypatch: pytes
     ):
         now[0] += seconds
         events(event)
-    assert [line["tsl"] for line in lines_of(events)] == [0, 0, 3000]
+    assert [line["tsl"] for line in lines_of(stream)] == [0, 0, 3000]
 
 
 def test_a_client_that_does_not_read_gets_no_more_previews_but_every_step() -> None:
-    events = native._Events(None)
+    stream = native._Lines(None, "")
+    events = stream.events
     events.callback_steps = 1
     for step in range(1, 501):
         events(Progress("a", step, 500))
         events(Preview("a", step, 500, [b"x" * 1000]))
-    lines = lines_of(events)
+    lines = lines_of(stream)
     assert sum(line["status"] == "preview" for line in lines) <= native._BEHIND
     assert sum(line["status"] == "progress" for line in lines) == 500
     events(Preview("a", 500, 500, [b""]))
-    assert len(lines_of(events)) == 1
+    assert len(lines_of(stream)) == 1

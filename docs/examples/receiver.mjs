@@ -1,0 +1,48 @@
+// Receives webhooks, and takes only those that are signed with SIGN_KEY. Node 18 or newer, nothing to install.
+//
+//     SIGN_KEY=... node receiver.mjs 8080
+
+import { createHmac, timingSafeEqual } from "node:crypto";
+import { createServer } from "node:http";
+
+const KEY = process.env.SIGN_KEY;
+if (!KEY) throw new Error("set SIGN_KEY");
+const TOLERANCE = 300; // seconds: an older one may have been recorded and be sent once more by somebody else
+
+const seen = new Set(); // ids; in a service of several processes: a table with a unique column
+
+// The event, or an error. `body` is a Buffer, as it came: JSON that is written again has other bytes.
+function verify(headers, body, now = Date.now() / 1000) {
+  const id = headers["x-webhook-id"] ?? "";
+  const parts = Object.fromEntries((headers["x-signature"] ?? "").split(",").map((part) => part.split("=")));
+  const expected = createHmac("sha256", KEY).update(`${parts.t}.${id}.`).update(body).digest();
+  const given = Buffer.from(parts.v1 ?? "", "hex");
+  if (given.length !== expected.length || !timingSafeEqual(given, expected)) throw new Error("wrong signature");
+  if (!(Math.abs(now - Number(parts.t)) <= TOLERANCE)) throw new Error("too old");
+  return JSON.parse(body.toString("utf8"));
+}
+
+// False for one that has come before: the sender repeats it when an answer was lost.
+function isNew(id) {
+  if (seen.has(id)) return false;
+  seen.add(id);
+  if (seen.size > 100_000) seen.delete(seen.values().next().value);
+  return true;
+}
+
+// What you do with it. Be quick, or put it in a queue: the next event of the job waits for your answer.
+function handle(event) {
+  console.log(JSON.stringify(event));
+}
+
+createServer(async (request, response) => {
+  const chunks = [];
+  for await (const chunk of request) chunks.push(chunk);
+  try {
+    const event = verify(request.headers, Buffer.concat(chunks));
+    if (isNew(request.headers["x-webhook-id"])) handle(event);
+    response.writeHead(200).end("ok");
+  } catch (fault) {
+    response.writeHead(401).end(fault.message);
+  }
+}).listen(Number(process.argv[2]), "127.0.0.1");
