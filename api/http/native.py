@@ -21,7 +21,7 @@ from api.service.admission import Admitted
 from api.service.bodies import halves, result_body
 from api.service.native_events import NativeEvents, tee
 from api.service.service import Service
-from api.service.webhooks import Hook, telling
+from api.service.webhooks_hook import Hook, telling
 
 IMAGE_TYPES = {found.content_type: name for name, found in IMAGE_FORMATS.items()}
 OFFERS = ("application/json", *IMAGE_TYPES, "application/x-ndjson")

@@ -28,7 +28,7 @@ from api.service.ledger import Ledger
 from api.service.reports import Report, state_event
 from api.service.s3_config import S3Config
 from api.service.store import MAX_TRIES
-from api.service.webhooks import Hook
+from api.service.webhooks_hook import Hook
 from api.settings import Settings
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from api.service.native_events import tee
 from api.service.output_limit import within_limit
 from api.service.reports import Report
 from api.service.s3_config import FIELD, S3Config, s3_destinations
-from api.service.webhooks import Hook
+from api.service.webhooks_hook import Hook
 from api.settings import Settings
 
 if TYPE_CHECKING:

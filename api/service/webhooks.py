@@ -14,30 +14,26 @@ import random
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from api.errors import ApiError
-from api.schema.messages import OnTheWay
-from api.schema.transfers import Transfer
-from api.service.native_events import Event, NativeEvents
 from api.service.webhooks_delivery import Delivery, Outcome
+from api.service.webhooks_hook import Hook
 from api.service.webhooks_lines import Lines, Waiting
 from api.service.webhooks_outbox import Entry, New, Outbox
-from api.service.webhooks_signing import headers, native_body
+from api.service.webhooks_signing import headers
 from api.settings import Settings
 
 log = logging.getLogger("api.webhooks")
 
-_AT_ONCE = 32
+_AT_ONCE = 256
 """Webhooks on their way at once, to all receivers."""
 _MOST = 10_000
 """Webhooks that may wait for one receiver; the next ones are given up at once."""
-_BEHIND = 50
-"""Events of one job that wait, beyond which there are no previews: they are the large ones, and stale by then."""
 _PAUSE = 1.0
 """Seconds before what could not be written is tried again."""
 _LAST_WORDS = 3.0
@@ -230,9 +226,13 @@ class Webhooks:
     async def _run(self) -> None:
         for waiting in await self._left():
             self._lines.add(waiting)
-        async with asyncio.TaskGroup() as group:  # only now: what is written is not to be read as well
-            for work in (self._write_all(), self._send_all(), self._sweep()):
-                group.create_task(work)
+        try:
+            async with asyncio.TaskGroup() as group:  # only now: what is written is not to be read as well
+                for work in (self._write_all(), self._send_all(), self._sweep()):
+                    group.create_task(work)
+        except Exception:
+            log.exception("no webhooks are sent any more, until the next start")
+            raise
 
     async def _write_all(self) -> None:
         while True:
@@ -306,9 +306,9 @@ class Webhooks:
         event.tries += 1
         if outcome.final or event.tries >= self._settings.webhook_tries:
             await self._give_up([event], outcome.error, now)
-            self._lines.given_up(event, now, is_fault=not outcome.final)
+            self._lines.given_up(event, now, is_down=outcome.is_down)
             return
-        self._lines.failed(event, now, outcome.at_least)
+        self._lines.failed(event, now, outcome.at_least, is_down=outcome.is_down)
         log.debug("webhook %s to %s: %s", event.id, _host(event.url), outcome.error)
         await self._note(self._outbox.failed, event, outcome.error)
 
@@ -346,84 +346,6 @@ class Webhooks:
                 )
             await self._note(self._outbox.remove_old, now)
             await asyncio.sleep(_SWEEP)
-
-
-class Hook:
-    """The native events of one request, on their way to its receiver.
-
-    Args:
-        webhooks: sends them.
-        url: the receiver.
-        key: what they are signed with.
-        payload: what each of them carries.
-        job: whose they are.
-        owner: name of the API key that it came with.
-        container_id: CONTAINER_ID.
-    """
-
-    def __init__(
-        self, webhooks: Webhooks, url: str, key: str, payload: dict[str, Any], job: str, owner: str, container_id: str
-    ) -> None:
-        self._webhooks, self._url, self._key, self._job, self._owner = webhooks, url, key, job, owner
-        self._last: asyncio.Future[None] | None = None
-        self._began = self._over = False
-        self.events = NativeEvents(self._tell, payload, container_id, self._takes_previews)
-
-    def __call__(self, event: OnTheWay | Transfer) -> None:
-        """As ``on_event`` of the service."""
-        if not self._over:
-            self.events(event)
-
-    def begin(self, options: dict[str, Any] | None = None) -> None:
-        """It has been accepted: should it fail, its receiver is told.
-
-        Args:
-            options: of ``Admitted``.
-        """
-        self._began = True
-        if options is not None:
-            self.events.callback_steps = options.get("callback_steps")
-
-    def fail(self, error: ApiError) -> None:
-        """Tell that it has failed, as the last event; not of a request that was refused before anything happened."""
-        if self._began and not self._over:
-            self.events.fail(error)
-            self._over = True
-
-    async def stored(self, patience: float = 2.0) -> None:
-        """Wait until its events are safe; a disk with a fault is waited for no longer than ``patience`` seconds."""
-        if self._last is not None:
-            await asyncio.wait({self._last}, timeout=patience)
-
-    def _takes_previews(self) -> bool:
-        return self._webhooks.behind(self._url, self._job) < _BEHIND
-
-    def _tell(self, event: Event) -> None:
-        self._began = True
-        body = native_body(event, self._key)
-        durable = event["status"] not in ("progress", "preview")
-        self._last = self._webhooks.put(
-            self._url, body, job=self._job, kind="native", sign_key=self._key, owner=self._owner, durable=durable
-        )
-
-
-@contextlib.contextmanager
-def telling(hook: Hook | None) -> Iterator[None]:
-    """What goes wrong inside is told to a request's receiver."""
-    try:
-        yield
-    except ApiError as error:
-        if hook:
-            hook.fail(error)
-        raise
-    except asyncio.CancelledError:
-        if hook:
-            hook.fail(ApiError("CANCELLED", "The client went away."))
-        raise
-    except Exception:
-        if hook:
-            hook.fail(ApiError("INTERNAL_ERROR", "Something went wrong in the server; its log has the request id."))
-        raise
 
 
 def _waiting(new: New, number: int) -> Waiting:

@@ -19,13 +19,13 @@ from api.service.destinations import Destination, check_destinations
 from api.service.fetch import Guard, NotAllowed, check_scheme
 from api.settings import Settings
 
-_CONNECTIONS = 64
+_CONNECTIONS = 256
 _KEEP = 15.0
 """Seconds that an idle connection is kept."""
 _ANSWER = 64 * 1024
 """Bytes of an answer that are read, so that the connection can be used again."""
 _LONGEST_WAIT = 3600.0
-_GONE = 410
+_GONE, _TOO_MANY = 410, 429
 
 
 class Outcome(NamedTuple):
@@ -35,11 +35,13 @@ class Outcome(NamedTuple):
         error: why it did not arrive; empty: it did.
         at_least: seconds that the receiver wants to be left alone.
         final: it is of no use to try again.
+        is_down: others would not arrive there either; False: it may be this one, or this path.
     """
 
     error: str = ""
     at_least: float = 0.0
     final: bool = False
+    is_down: bool = True
 
 
 async def check_receiver(url: str, field: str, settings: Settings) -> None:
@@ -89,7 +91,7 @@ class Delivery:
             return outcome or Outcome(f"it took longer than {self._timeout:g} seconds")
         except NotAllowed:
             why = "the address leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that"
-            return Outcome(why, final=True)
+            return Outcome(why, final=True, is_down=False)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as fault:
             return outcome or Outcome(str(fault) or type(fault).__name__)
         return outcome
@@ -119,8 +121,9 @@ def _judge(response: httpcore.Response) -> Outcome:
     if 200 <= response.status < 300:
         return Outcome()
     if response.status == _GONE:  # as Standard Webhooks has it
-        return Outcome("it answered 410: it wants no more of these", final=True)
+        return Outcome("it answered 410: it wants no more of these", final=True, is_down=False)
     asked = next((value for name, value in response.headers if name.lower() == b"retry-after"), b"").decode("latin-1")
     at_least = min(float(asked), _LONGEST_WAIT) if asked.isascii() and asked.isdigit() else 0.0
     why = "; redirects are not followed" if 300 <= response.status < 400 else ""
-    return Outcome(f"it answered {response.status}{why}", at_least)
+    is_down = response.status >= 500 or response.status == _TOO_MANY
+    return Outcome(f"it answered {response.status}{why}", at_least, is_down=is_down)

@@ -4,7 +4,7 @@
   order of a job's events is kept.
 - An event that did not arrive waits for a random time that grows, "full jitter" of
   https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/.
-- A receiver at which a few in a row did not arrive gets one at a time, and these ever more rarely: it keeps nobody else
+- A host that was down a few times in a row gets one at a time, and these ever more rarely: it keeps nobody else
   waiting, and the tries of the events behind are not used up. The first one that arrives ends that.
 """
 
@@ -22,7 +22,7 @@ _FIRST, _LONGEST = 1.0, 300.0
 _LONGEST_OF_RECEIVER = 60.0
 _IN_A_ROW = 5
 """So many that did not arrive, one after the other: the receiver is in trouble."""
-_TOGETHER = 8
+_TOGETHER = 16
 """Events on their way to one receiver at once."""
 
 
@@ -151,19 +151,21 @@ class Lines:
                     receiver.offer(key)
         self._leave(event, receiver)
 
-    def failed(self, event: Waiting, now: float, at_least: float = 0.0) -> float:
+    def failed(self, event: Waiting, now: float, at_least: float = 0.0, *, is_down: bool = True) -> float:
         """One that was taken has not arrived: it stays first in its line.
 
         Args:
             event: with its ``tries`` counted.
             now: seconds since the epoch.
             at_least: seconds that the receiver asked for.
+            is_down: others would not arrive there either.
 
         Returns:
             When it is due again.
         """
         receiver = self._receivers[_name(event.url)]
-        self._note_failure(receiver, now, at_least)
+        if is_down:
+            self._note_failure(receiver, now, at_least)
         key = _key(event)
         event.due = now + max(at_least, backoff(event.tries, _LONGEST, self._draw))
         receiver.lines[key].sending = None
@@ -171,16 +173,16 @@ class Lines:
         receiver.offer(key)
         return event.due
 
-    def given_up(self, event: Waiting, now: float, *, is_fault: bool = True) -> None:
+    def given_up(self, event: Waiting, now: float, *, is_down: bool = True) -> None:
         """One that was taken is not sent any more.
 
         Args:
             event: which.
             now: seconds since the epoch.
-            is_fault: of the receiver.
+            is_down: as for ``failed``.
         """
         receiver = self._receivers[_name(event.url)]
-        if is_fault:
+        if is_down:
             self._note_failure(receiver, now, 0.0)
         self._leave(event, receiver)
 
@@ -251,9 +253,9 @@ class Lines:
 
 
 def _name(url: str) -> str:
-    """The receiver that an address belongs to: what is asked of it may differ from job to job."""
+    """The receiver that an address belongs to: what follows its host may differ from job to job."""
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}"
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _key(event: Waiting) -> str:

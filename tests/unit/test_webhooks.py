@@ -19,8 +19,9 @@ from api.schema.messages import Phase, Preview, Progress
 from api.schema.transfers import Transfer
 from api.service import webhooks as senders
 from api.service.native_events import NativeEvents
-from api.service.webhooks import Webhooks, telling
+from api.service.webhooks import Webhooks
 from api.service.webhooks_delivery import Delivery, Outcome, check_receiver
+from api.service.webhooks_hook import _BEHIND, telling
 from api.service.webhooks_outbox import Outbox
 from api.service.webhooks_signing import check_key, headers, native_body
 from api.settings import Settings, SettingsError
@@ -373,7 +374,7 @@ async def test_previews_that_nobody_takes_are_left_out_but_no_step(make: Make, r
         hook(Preview("a", step, 200, [b"x"]))
     await hook.stored()
     found = await webhooks.listed("waiting", "", 1000)
-    assert 200 < len(found) <= 200 + senders._BEHIND
+    assert 200 < len(found) <= 200 + _BEHIND
 
 
 def test_phases_that_overlap_fail_in_the_one_that_goes_on() -> None:

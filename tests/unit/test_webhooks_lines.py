@@ -102,9 +102,9 @@ def test_a_dead_receiver_gets_one_at_a_time_and_the_others_all_they_can_take() -
 
 
 def test_the_first_that_arrives_ends_the_trouble_for_all() -> None:
-    lines = lines_with(*(event(n, job=f"d{n}") for n in range(12)))
+    lines = lines_with(*(event(n, job=f"d{n}") for n in range(_TOGETHER + 4)))
     now = 0.0
-    for _ in range(12):
+    for _ in range(_TOGETHER + 4):
         opens = lines.opens()
         assert opens is not None
         now = max(now, opens)
@@ -113,7 +113,18 @@ def test_the_first_that_arrives_ends_the_trouble_for_all() -> None:
     assert opens is not None
     assert opens > now
     lines.arrived(taken(lines, opens), opens)
-    assert sum(lines.take(opens) is not None for _ in range(12)) == _TOGETHER
+    assert sum(lines.take(opens) is not None for _ in range(_TOGETHER + 4)) == _TOGETHER
+
+
+def test_a_path_that_is_not_there_is_no_trouble_for_its_host() -> None:
+    lines = lines_with(event(0, job="lost", url=A + "/lost"), *(event(n, job=f"j{n}") for n in range(1, 6)))
+    lost = taken(lines, 0)
+    for _ in range(3 * _IN_A_ROW):
+        lost.tries += 1
+        now = lines.failed(lost, 0, is_down=False)
+        while (lost_again := taken(lines, now)) is not lost:
+            lines.arrived(lost_again, now)
+    assert lines.waiting(A) == 1
 
 
 def test_a_receiver_gets_no_more_than_a_few_at_once() -> None:
