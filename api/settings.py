@@ -303,6 +303,12 @@ class Settings:
     allow_private_urls: bool = _variable(
         "ALLOW_PRIVATE_URLS", "0", _flag, "1: URLs in requests may lead into private networks"
     )
+    allowed_urls: tuple[str, ...] = _variable(
+        "ALLOWED_URLS",
+        "",
+        _list,
+        "private hosts and networks that URLs in requests may lead to all the same: minio.local:9000,10.0.0.0/8",
+    )
     send_url: str = _variable(
         "SEND_URL", "", _web_address, "receiver of webhooks, where a request names none; may be in a private network"
     )

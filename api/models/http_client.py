@@ -19,12 +19,13 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from urllib.parse import SplitResult, unquote, urldefrag, urljoin, urlsplit, urlunsplit
 
 import msgspec
 
 from api.errors import ApiError
+from api.models.addresses import Reach, not_allowed
 
 MAX_REDIRECTS = 5
 
@@ -39,7 +40,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     backoff: float = 0.5  # doubled each time, with jitter
     max_wait: float = 60.0  # also for Retry-After
     save_every: float = 2.0
-    allowed: Callable[[str], bool] | None = None  # which IP addresses may be connected to; None: all
+    reach: Reach = Reach(everywhere=True)  # where connections may lead
     token_variable: str = ""  # what to set when the source refuses
 
 
@@ -265,9 +266,8 @@ class Connection:
 
     def _dial(self, host: str, port: int) -> socket.socket:
         addresses = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if self._policy.allowed and not all(map(self._policy.allowed, addresses)):
-            message = f"{host} leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that."
-            raise ApiError("URL_NOT_ALLOWED", message, requested=host)
+        if not self._policy.reach.permits(host, port, addresses):
+            raise not_allowed(host)
         fault: OSError = OSError("no address")
         for address in dict.fromkeys(addresses):
             try:

@@ -6,12 +6,14 @@ import contextlib
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from api.errors import ApiError
+from api.models.addresses import Reach
 from api.models.locations import Location
 
 # boto3 takes 0.1 s to import and is imported where it is first used
@@ -35,6 +37,7 @@ class Access:
         addressing_style: ``path`` (host/bucket), ``virtual`` (bucket.host) or ``auto``: virtual for AWS,
             path elsewhere.
         anonymous: sign nothing, whatever keys there are.
+        reach: where connections may lead; None where the operator chose the endpoint.
     """
 
     access_key: str = field(default="", repr=False)
@@ -43,6 +46,7 @@ class Access:
     region: str = ""
     addressing_style: str = "auto"
     anonymous: bool = False
+    reach: Reach | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Access:
@@ -102,7 +106,46 @@ def connect(location: Location, access: Access | None = None, *, region: str = "
             response_checksum_validation="when_required",
         )
         where = (named[1] if named else "") or region or access.region or session.region_name or DEFAULT_REGION
-        return session.client("s3", endpoint_url=endpoint, region_name=where, config=config)
+        client = session.client("s3", endpoint_url=endpoint, region_name=where, config=config)
+    if access.reach and not access.reach.everywhere:
+        _guard(client, access.reach)
+    return client
+
+
+def _guard(client: Any, reach: Reach) -> None:
+    """Let a client connect only where requests may lead, and to the very address that was checked.
+
+    boto3 has no place for it: where its sessions make their connections is known from botocore 1.43's
+    ``httpsession.URLLib3Session`` and urllib3 2's ``HTTPConnection._new_conn``, and held by a test. A proxy that the
+    environment names is the operator's, and connects as it is told to.
+    """
+    from botocore import awsrequest
+    from urllib3.exceptions import NewConnectionError
+
+    def guarded(pool: Any) -> Any:
+        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+            _dns_host: str
+
+            def _new_conn(self) -> socket.socket:
+                name = self._dns_host
+                try:
+                    found = socket.getaddrinfo(name, self.port, type=socket.SOCK_STREAM)
+                except OSError:
+                    raise NewConnectionError(self, "its name cannot be resolved") from None
+                addresses = [str(info[4][0]) for info in found]
+                if not reach.permits(name, self.port, addresses):
+                    raise NewConnectionError(self, "it leads into a private network")
+                self._dns_host = addresses[0]
+                try:
+                    return super()._new_conn()
+                finally:
+                    self._dns_host = name  # what the certificate is for
+
+        return type("GuardedPool", (pool,), {"ConnectionCls": Connection})
+
+    pools = {"http": awsrequest.AWSHTTPConnectionPool, "https": awsrequest.AWSHTTPSConnectionPool}
+    session = client._endpoint.http_session
+    session._manager.pool_classes_by_scheme = {scheme: guarded(pool) for scheme, pool in pools.items()}
 
 
 @contextlib.contextmanager

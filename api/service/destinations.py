@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from api.errors import ApiError
-from api.models.addresses import is_public
+from api.models.addresses import Reach, not_allowed
 from api.models.locations import Location, parse_location, redacted
 from api.schema.images import IMAGE_FORMATS
 from api.service.fetch import check_scheme
@@ -130,15 +130,14 @@ async def check_destinations(destinations: tuple[Destination, ...], settings: Se
     Raises:
         ApiError: URL_NOT_ALLOWED.
     """
-    if settings.allow_private_urls:
-        return
-    for host in {(urlsplit(found.url).hostname or "", urlsplit(found.url).port) for found in destinations if found.url}:
+    reach = Reach.of(settings)
+    parts = [urlsplit(found.url) for found in destinations if found.url and not reach.everywhere]
+    for host in {(part.hostname or "", part.port or (443 if part.scheme == "https" else 80)) for part in parts}:
         try:
             loop = asyncio.get_running_loop()
             addresses = [str(info[4][0]) for info in await loop.getaddrinfo(*host, type=socket.SOCK_STREAM)]
         except (OSError, UnicodeError):
             message = f"The name {host[0]} cannot be resolved."
             raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=host[0]) from None
-        if not all(map(is_public, addresses)):
-            message = "The address leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that."
-            raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=host[0])
+        if not reach.permits(*host, addresses):
+            raise not_allowed(host[0], field)

@@ -16,7 +16,7 @@ from urllib.parse import urljoin, urlsplit
 import httpcore
 
 from api.errors import ApiError
-from api.models.addresses import is_public
+from api.models.addresses import Reach, not_allowed
 
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -27,11 +27,11 @@ class NotAllowed(Exception):
 
 
 class Guard(httpcore.AsyncNetworkBackend):
-    """Connects only to public addresses, and to the very address that was checked."""
+    """Connects only where requests may lead, and to the very address that was checked."""
 
-    def __init__(self, allow_private: bool) -> None:
+    def __init__(self, reach: Reach) -> None:
         self._backend = httpcore.AnyIOBackend()
-        self._allow_private = allow_private
+        self._reach = reach
 
     async def connect_tcp(
         self,
@@ -52,7 +52,7 @@ class Guard(httpcore.AsyncNetworkBackend):
         except (OSError, UnicodeError) as fault:
             raise httpcore.ConnectError(f"the name {host} cannot be resolved") from fault
         addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
-        if not self._allow_private and not all(is_public(a) for a in addresses):
+        if not self._reach.permits(host, port, addresses):
             raise NotAllowed(host)
         return await self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
@@ -69,7 +69,7 @@ class Guard(httpcore.AsyncNetworkBackend):
         await self._backend.sleep(seconds)
 
 
-async def fetch(url: str, field: str, *, timeout: float, max_bytes: int, allow_private: bool) -> bytes:
+async def fetch(url: str, field: str, *, timeout: float, max_bytes: int, reach: Reach) -> bytes:
     """GET a URL.
 
     Args:
@@ -77,7 +77,7 @@ async def fetch(url: str, field: str, *, timeout: float, max_bytes: int, allow_p
         field: path of the input that held it, for errors.
         timeout: seconds for all of it.
         max_bytes: size of the body, at most.
-        allow_private: let private and loopback addresses through.
+        reach: where it may lead.
 
     Raises:
         ApiError: URL_NOT_ALLOWED, SOURCE_UNREACHABLE, IMAGE_TOO_LARGE.
@@ -85,14 +85,13 @@ async def fetch(url: str, field: str, *, timeout: float, max_bytes: int, allow_p
     try:
         async with (
             asyncio.timeout(timeout),
-            httpcore.AsyncConnectionPool(network_backend=Guard(allow_private)) as pool,
+            httpcore.AsyncConnectionPool(network_backend=Guard(reach)) as pool,
         ):
             return await _follow(pool, url, field, timeout, max_bytes)
     except TimeoutError:
         raise _unreachable(url, field, f"it took longer than {timeout:g} seconds") from None
     except NotAllowed:
-        message = "The address leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that."
-        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=url) from None
+        raise not_allowed(url, field) from None
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as fault:
         raise _unreachable(url, field, str(fault) or type(fault).__name__) from fault
 

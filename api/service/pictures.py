@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pybase64
 
 from api.errors import ApiError
+from api.models.addresses import Reach
 from api.schema.generation import Picture
 from api.service.fetch import fetch
 from api.settings import Settings
@@ -124,7 +125,7 @@ async def read_picture(value: str, field: str, mode: str, is_url: bool, settings
             field,
             timeout=settings.fetch_timeout,
             max_bytes=settings.max_body,
-            allow_private=settings.allow_private_urls,
+            reach=Reach.of(settings),
         )
     else:
         data = await asyncio.to_thread(from_base64, value, field)

@@ -11,6 +11,7 @@ from typing import Any
 import httpcore
 
 from api.errors import ApiError
+from api.models.addresses import ALLOWING, Reach
 from api.models.s3_client import connect, faults
 from api.models.sources.remote import access_to
 from api.service.destinations import FIELD, Destination
@@ -49,7 +50,7 @@ async def upload(
     async def one(destination: Destination, image: bytes) -> str:
         if destination.location:
             return await asyncio.to_thread(_put_object, client, destination, image, content_type)
-        return await _put(destination, image, content_type, timeout, settings.allow_private_urls)
+        return await _put(destination, image, content_type, timeout, Reach.of(settings))
 
     pairs = zip(destinations, images, strict=True)
     results = await asyncio.gather(*(one(*pair) for pair in pairs), return_exceptions=True)
@@ -84,7 +85,7 @@ def _remove(client: Any, destinations: Sequence[Destination]) -> None:
                 client.delete_object(Bucket=location.bucket, Key=location.key)
 
 
-async def _put(destination: Destination, image: bytes, content_type: str, timeout: float, allow_private: bool) -> str:
+async def _put(destination: Destination, image: bytes, content_type: str, timeout: float, reach: Reach) -> str:
     """PUT one image, again where the fault may pass; redirects are not followed, a signature is of one address."""
     why = ""
     for attempt in range(_TRIES):
@@ -93,7 +94,7 @@ async def _put(destination: Destination, image: bytes, content_type: str, timeou
         try:
             async with (
                 asyncio.timeout(timeout),
-                httpcore.AsyncConnectionPool(network_backend=Guard(allow_private)) as pool,
+                httpcore.AsyncConnectionPool(network_backend=Guard(reach)) as pool,
             ):
                 headers = [("User-Agent", "diffusers-api"), ("Content-Type", content_type)]
                 limits = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout)}
@@ -102,7 +103,7 @@ async def _put(destination: Destination, image: bytes, content_type: str, timeou
             why = f"it took longer than {timeout:g} seconds"
             continue
         except NotAllowed:
-            why = "the address leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that"
+            why = f"the address leads into a private network; {ALLOWING}"
             break
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as fault:
             why = str(fault) or type(fault).__name__

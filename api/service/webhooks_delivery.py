@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpcore
 
 from api.errors import ApiError
+from api.models.addresses import ALLOWING, Reach
 from api.models.locations import redacted
 from api.service.destinations import Destination, check_destinations
 from api.service.fetch import Guard, NotAllowed, check_scheme
@@ -72,7 +73,7 @@ class Delivery:
         self._trusted_url = settings.send_url
         self._timeout = settings.webhook_timeout
         self._trusted = _pool(httpcore.AnyIOBackend())
-        self._guarded = _pool(Guard(settings.allow_private_urls))
+        self._guarded = _pool(Guard(Reach.of(settings)))
 
     async def __call__(self, url: str, body: bytes, headers: list[tuple[str, str]]) -> Outcome:
         """POST once."""
@@ -90,7 +91,7 @@ class Delivery:
         except TimeoutError:
             return outcome or Outcome(f"it took longer than {self._timeout:g} seconds")
         except NotAllowed:
-            why = "the address leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that"
+            why = f"the address leads into a private network; {ALLOWING}"
             return Outcome(why, final=True, is_down=False)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as fault:
             return outcome or Outcome(str(fault) or type(fault).__name__)

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from api.errors import ApiError
-from api.service.fetch import fetch, is_public
+from api.models.addresses import Reach, is_public
+from api.service.fetch import fetch
 
 PRIVATE = [
     "http://127.0.0.1/", "http://127.1/", "http://2130706433/", "http://0x7f000001/", "http://0177.0.0.1/",
@@ -28,7 +29,7 @@ NO_URL = [
 
 
 async def get(url: str, *, allow_private: bool = False, timeout: float = 2, max_bytes: int = 1000) -> bytes:
-    return await fetch(url, "f", timeout=timeout, max_bytes=max_bytes, allow_private=allow_private)
+    return await fetch(url, "f", timeout=timeout, max_bytes=max_bytes, reach=Reach(allow_private))
 
 
 async def code_of(awaitable: Awaitable[bytes]) -> str:
@@ -136,7 +137,7 @@ async def test_a_redirect_into_a_private_network_is_not_followed(monkeypatch: py
 
     async with serving(handle) as port:
         # the first hop is allowed by patching what counts as public for one name only
-        monkeypatch.setattr("api.service.fetch.is_public", lambda address: address == "127.0.0.2")
+        monkeypatch.setattr("api.models.addresses.is_public", lambda address: address == "127.0.0.2")
         resolve_to(monkeypatch, {"public.example": ["127.0.0.2"]}, [])
         server = await asyncio.start_server(lambda r, w: _relay(r, w, handle), "127.0.0.2", 0)
         first = server.sockets[0].getsockname()[1]
@@ -154,7 +155,7 @@ async def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch:
     """A name that answers with a public address first and a private one next is looked up once."""
     asked: list[str] = []
     resolve_to(monkeypatch, {"rebind.example": ["203.0.113.7", "127.0.0.1"]}, asked)
-    monkeypatch.setattr("api.service.fetch.is_public", lambda address: address.startswith("203."))
+    monkeypatch.setattr("api.models.addresses.is_public", lambda address: address.startswith("203."))
     assert await code_of(get("http://rebind.example/", timeout=0.3)) == "SOURCE_UNREACHABLE"
     assert asked.count("rebind.example") == 1
 

@@ -26,6 +26,7 @@ import pytest
 
 from api.errors import ApiError
 from api.models import disk, partial_file, transfer
+from api.models.addresses import Reach
 from api.models.http_client import MAX_REDIRECTS, Policy, Wanted
 from api.models.http_stream import open_stream
 from api.models.partial_file import Fetched
@@ -683,7 +684,7 @@ def test_a_redirect_that_expired_is_asked_for_again(site: Site, other: Site, tmp
 
 
 def test_private_addresses_can_be_kept_out(site: Site, tmp_path: Path) -> None:
-    policy = Policy(allowed=lambda address: not address.startswith("127."))
+    policy = Policy(reach=Reach())
     for url in (site.url, site.url.replace("127.0.0.1", "localhost")):
         assert fails(site, tmp_path / "f", url=url, policy=policy).code in ("URL_NOT_ALLOWED", "SOURCE_UNREACHABLE")
     assert not site.asked

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import msgspec
 
 from api.errors import ApiError
 from api.models import s3
-from api.models.addresses import is_public
+from api.models.addresses import Reach, not_allowed
 from api.models.http_client import Policy, Wanted
 from api.models.http_stream import Stream, open_stream, probe
 from api.models.locations import Location
@@ -91,9 +92,9 @@ def find(location: Location, settings: Settings, trusted: bool) -> Remote:
 
 def policy_of(location: Location, settings: Settings, trusted: bool) -> Policy:
     """How to connect: only to public addresses, where a request chose the host and nobody allowed more."""
-    theirs = trusted or settings.allow_private_urls or (location.source == "s3" and location.endpoint_is_default)
+    ours = trusted or (location.source == "s3" and location.endpoint_is_default)
     variable = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if location.source == "s3" else ""
-    return Policy(allowed=None if theirs else is_public, token_variable=variable)
+    return Policy(reach=Reach(everywhere=True) if ours else Reach.of(settings), token_variable=variable)
 
 
 def access_to(location: Location, settings: Settings, trusted: bool) -> Access:
@@ -114,25 +115,26 @@ def access_to(location: Location, settings: Settings, trusted: bool) -> Access:
     )
     if trusted or location.endpoint_is_default:
         return access
-    if not settings.allow_private_urls:
-        _check_public(location)
+    reach = Reach.of(settings)
+    _check_reach(location, reach)
     if not access.access_key or access.session_token:
-        return Access(region=access.region, addressing_style=access.addressing_style, anonymous=True)
-    return access
+        return Access(region=access.region, addressing_style=access.addressing_style, anonymous=True, reach=reach)
+    return replace(access, reach=reach)
 
 
-def _check_public(location: Location) -> None:
-    # boto3 has no place for a guard on its connections: a name that changes between this look-up and its own
-    # could lead it elsewhere, to where it sends a signed request and reads an XML answer
+def _check_reach(location: Location, reach: Reach) -> None:
+    """Say it in a sentence; what counts is the look-up on connecting (``s3_client.py``)."""
+    if reach.everywhere:
+        return
     parts = urlsplit(location.endpoint or "")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
     except OSError:
         message = f"{location} could not be reached: its name cannot be resolved."
         raise ApiError("SOURCE_UNREACHABLE", message, requested=str(location)) from None
-    if not all(is_public(str(info[4][0])) for info in found):
-        message = f"{parts.hostname} leads into a private network; set ALLOW_PRIVATE_URLS=1 to allow that."
-        raise ApiError("URL_NOT_ALLOWED", message, requested=str(location))
+    if not reach.permits(parts.hostname or "", port, [str(info[4][0]) for info in found]):
+        raise not_allowed(str(location))
 
 
 def hub_token(settings: Settings) -> str:
