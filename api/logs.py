@@ -15,20 +15,24 @@ _SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEYS?|SIGN_KEY|ACCESS_KE
 _URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 _SIGNED_QUERY = re.compile(r"((?:X-Amz-[A-Za-z-]+|Signature|AWSAccessKeyId|token|sig)=)[^&\s\"']+", re.IGNORECASE)
 _BEARER = re.compile(r"(?<=Bearer )[\w.~+/=-]+")
+_AUTHORIZATION = re.compile(r"""(authorization["']?\s*[:=,]\s*b?["']?(?:Bearer |Basic )?)[^\s"',]+""", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}[:=](?:sha256:)?(?=.)", re.ASCII)
 
 
 class Redactor:
-    """Takes secrets out of text: values of secret variables, credentials in URLs, bearer tokens.
+    """Takes secrets out of text: values of secret variables, credentials in URLs and in ``Authorization``.
 
     Args:
-        environ: where the secrets are; a value shorter than six characters is no secret.
+        environ: where the secrets are, also as ``name:value``; a value shorter than six characters is no secret.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         values: set[str] = set()
         for name, value in environ.items():
             if _SECRET_NAMES.search(name):
-                values.update(part.strip() for part in value.split(",") if len(part.strip()) >= 6)
+                parts = [part.strip() for part in value.split(",")]
+                parts += [_NAME.sub("", part, count=1) for part in parts]
+                values.update(part for part in parts if len(part) >= 6)
         longest_first = sorted(values, key=len, reverse=True)
         self._values = re.compile("|".join(map(re.escape, longest_first))) if values else None
 
@@ -38,7 +42,8 @@ class Redactor:
             text = self._values.sub("***", text)
         text = _URL_CREDENTIALS.sub("***", text)
         text = _SIGNED_QUERY.sub(r"\1***", text)
-        return _BEARER.sub("***", text)
+        text = _BEARER.sub("***", text)
+        return _AUTHORIZATION.sub(r"\1***", text)
 
 
 class _Formatter(logging.Formatter):

@@ -86,6 +86,15 @@ def _list(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def _per_key(value: str) -> dict[str, int]:
+    """``60,alice=600``: what holds for every key, under ``""``, and for single ones; 0 is no limit."""
+    found = {}
+    for part in _list(value):
+        name, _, number = part.rpartition("=")
+        found[name.strip()] = _whole(0, 10**9)(number)
+    return found
+
+
 def _folders(value: str) -> tuple[Path, ...]:
     return tuple(Path(part).expanduser() for part in _list(value))
 
@@ -276,6 +285,46 @@ class Settings:
         _bytes,
         "what embeddings of prompts may take on a device, for prompts that come again; 0: none are kept",
     )
+    api_keys: tuple[str, ...] = _variable(
+        "API_KEYS",
+        "",
+        _list,
+        "keys that requests need: KEY, name:KEY or name:sha256:HEX, comma-separated; empty: none, all is open",
+        secret=True,
+    )
+    admin_keys: tuple[str, ...] = _variable(
+        "ADMIN_KEYS", "", _list, "names of the keys that see in GET /usage what all others used"
+    )
+    key_rate_limit: Mapping[str, int] = _variable(
+        "KEY_RATE_LIMIT",
+        "0",
+        _per_key,
+        "jobs a minute that each key may begin: 60, or 60,alice=600; 0: no limit",
+    )
+    key_concurrency: Mapping[str, int] = _variable(
+        "KEY_CONCURRENCY", "0", _per_key, "jobs of each key that may wait or run, such as 8 or 8,alice=0; 0: no limit"
+    )
+    wrong_keys: int = _variable(
+        "WRONG_KEYS", "10", _whole(0, 100_000), "wrong keys a minute that are looked at from one address; 0: no limit"
+    )
+    proxies_count: int = _variable(
+        "PROXIES_COUNT",
+        "0",
+        _whole(0, 100),
+        "proxies in front that add to X-Forwarded-For, to know the address of a client; 0: it is not believed",
+    )
+    real_ip_header: str = _variable(
+        "REAL_IP_HEADER", "", _text, "header in which the proxy in front sends the client's address, such as X-Real-IP"
+    )
+    cors_origins: tuple[str, ...] = _variable(
+        "CORS_ORIGINS",
+        "",
+        _list,
+        "origins whose pages may use the server: https://app.example, *, none; empty: all without API_KEYS, else none",
+    )
+    max_connections: int = _variable(
+        "MAX_CONNECTIONS", "800", _whole(1, 1_000_000), "connections of clients at once; the next one is a 503"
+    )
     max_queue: int = _variable("MAX_QUEUE", "100", _whole(1, 100_000), "requests that may wait; the next one is a 429")
     max_concurrency: int = _variable(
         "MAX_CONCURRENCY", "16", _whole(1, 256), "requests that share a device step by step; 1: one after the other"
@@ -350,7 +399,7 @@ class Settings:
             try:
                 values[f.name] = meta["parse"](environ.get(meta["name"], meta["default"]))
             except ValueError as fault:
-                value = repr(environ.get(meta["name"])) if f.repr else "***"
+                value = repr(environ.get(meta["name"])) if f.repr else "…"
                 faults.append(f"{meta['name']}={value}: {fault}")
         if faults:
             raise SettingsError("; ".join(faults))

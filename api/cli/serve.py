@@ -23,6 +23,7 @@ _TELL_EVERY = 5.0
 def serve(settings: Settings, args: argparse.Namespace) -> int:
     """Start the server and run until it is told to stop."""
     from api.http.app import build_app
+    from api.http.connections import Connection
     from api.service.service import Service
 
     began = time.perf_counter()
@@ -45,7 +46,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     async def hush(app: Sanic) -> None:
         app.ctx.announcement.cancel()
 
-    app.run(sock=sock, single_process=True, motd=False, access_log=False)
+    app.run(sock=sock, single_process=True, motd=False, access_log=False, protocol=Connection)
     return 0
 
 

@@ -10,6 +10,7 @@ from sanic import Request
 from sanic.response import HTTPResponse
 
 from api.errors import ApiError
+from api.http.keys import owner_of
 from api.schema.catalogue import nearest
 from api.service.entries import Entry, Terms
 from api.service.later import PRIORITIES
@@ -45,11 +46,6 @@ async def accept(
     entry = await service.later.accept(request.ctx.id, model_inputs, kept, priority, key, job_id=job_id, terms=terms)
     body = orjson.dumps(brief(entry))
     return HTTPResponse(body, status=202, headers={"Location": f"/jobs/{entry.id}"}, content_type="application/json")
-
-
-def owner_of(request: Request) -> str:
-    """Name of the API key that a request came with; empty where none is needed."""
-    return str(getattr(request.ctx, "owner", ""))
 
 
 def key_of(request: Request) -> str | None:

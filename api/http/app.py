@@ -10,7 +10,7 @@ import time
 from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
-from api.http import errors, health, jobs, models, native, plan, runpod, schedulers, webhooks
+from api.http import cors, errors, health, jobs, keys, models, native, plan, runpod, schedulers, usage, webhooks
 from api.service.service import Service
 
 log = logging.getLogger("api.http")
@@ -40,6 +40,9 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
             "OAS": False,
             "AUTO_EXTEND": False,
             "MOTD": False,
+            "PROXIES_COUNT": settings.proxies_count or None,
+            "REAL_IP_HEADER": settings.real_ip_header or None,
+            "REQUEST_MAX_HEADER_SIZE": 8192,
         }
     )
     app.ctx.service = service
@@ -74,6 +77,6 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
             extra={"request_id": request_id},
         )
 
-    for part in (native, plan, jobs, runpod, health, models, schedulers, webhooks):
+    for part in (keys, cors, native, plan, jobs, runpod, health, models, schedulers, usage, webhooks):
         part.register(app)
     return app

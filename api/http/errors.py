@@ -26,6 +26,9 @@ from api.errors import ApiError
 
 log = logging.getLogger("api.http")
 
+_TRUE_STATUS = frozenset({"UNAUTHORIZED", "TOO_MANY_WRONG_KEYS"})
+"""Also with LEGACY_STATUS: the old system had no keys, and who has none must not take the answer for one."""
+
 
 def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
     """The ``{"$error": …}`` object of an error."""
@@ -38,7 +41,7 @@ def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
 
 def error_response(error: ApiError, request: Request) -> HTTPResponse:
     """An error as HTTP."""
-    legacy = request.path == "/" and request.app.ctx.service.settings.legacy_status
+    legacy = request.path == "/" and request.app.ctx.service.settings.legacy_status and error.code not in _TRUE_STATUS
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     if error.code == "METHOD_NOT_ALLOWED":
         headers["Allow"] = ", ".join(error.available or [])
@@ -46,12 +49,16 @@ def error_response(error: ApiError, request: Request) -> HTTPResponse:
     if request.path.startswith("/v2/") or (request.route and getattr(request.route.ctx, "runpod", False)):
         # the key that clients of RunPod know
         body = {"error": ": ".join(part for part in (error.code, error.field, error.message) if part), **body}
-    return HTTPResponse(
+    response = HTTPResponse(
         orjson.dumps(body, default=str),
         status=200 if legacy else error.status,
         headers=headers,
         content_type="application/json",
     )
+    if error.code == "UNAUTHORIZED":
+        for scheme in ("Bearer", "Basic"):
+            response.headers.add("WWW-Authenticate", f'{scheme} realm="diffusers-api"')
+    return response
 
 
 def to_api_error(exception: Exception, request: Request) -> ApiError:

@@ -12,7 +12,8 @@ from sanic import Request, Sanic
 from sanic.response import HTTPResponse, empty
 
 from api.errors import ApiError
-from api.http.accept import accept, brief, check_id, owner_of
+from api.http.accept import accept, brief, check_id
+from api.http.keys import owner_of
 from api.http.native import parse_object, wanted_type
 from api.schema.images import IMAGE_FORMATS
 from api.service.bodies import halves, images_body, result_body

@@ -15,6 +15,7 @@ from sanic.response import HTTPResponse
 from api.errors import ApiError
 from api.http.accept import accept
 from api.http.errors import error_body, to_api_error
+from api.http.keys import owner_of
 from api.schema.generation import GenerationResult
 from api.schema.images import IMAGE_FORMATS, format_name
 from api.service.admission import Admitted
@@ -45,29 +46,38 @@ async def generate(request: Request) -> HTTPResponse | None:
     wanted = wanted_type(request.headers.get("accept"))
     if wanted in IMAGE_TYPES:
         call_inputs = _with_format(call_inputs, wanted)
-    hook = service.webhooks.hook(call_inputs, owner=getattr(request.ctx, "owner", ""))
+    hook = service.webhooks.hook(call_inputs, owner=owner_of(request))
     if call_inputs.get("streamEvents") in (True, 1):
-        await _stream(request, model_inputs, call_inputs, hook)
+        with service.limits.job(owner_of(request)):
+            await _stream(request, model_inputs, call_inputs, hook)
         return None
-    with telling(hook):
-        admitted = await service.admit(request.ctx.id, model_inputs, call_inputs, hook)
-        if wanted in IMAGE_TYPES and admitted.request.images > 1:
-            message = f"{admitted.request.images} images do not fit in one {wanted}; accept application/json."
-            raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
-        if wanted in IMAGE_TYPES and (admitted.request.output or admitted.destinations):
-            message = f"Links, and what output asks for, do not fit in one {wanted}; accept application/json."
-            raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
-        result = await _finish(service, admitted, hook, hook)
+    with service.limits.job(owner_of(request)), telling(hook):
+        return await _answer(request, model_inputs, call_inputs, wanted, hook)
+
+
+async def _answer(
+    request: Request, model_inputs: dict[str, Any], call_inputs: dict[str, Any], wanted: str, hook: Hook | None
+) -> HTTPResponse:
+    service: Service = request.app.ctx.service
+    admitted = await service.admit(request.ctx.id, model_inputs, call_inputs, hook)
+    if wanted in IMAGE_TYPES and admitted.request.images > 1:
+        message = f"{admitted.request.images} images do not fit in one {wanted}; accept application/json."
+        raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
+    if wanted in IMAGE_TYPES and (admitted.request.output or admitted.destinations):
+        message = f"Links, and what output asks for, do not fit in one {wanted}; accept application/json."
+        raise ApiError("NOT_ACCEPTABLE", message, available=["application/json"])
+    result = await _finish(request, admitted, hook, hook)
     if wanted in IMAGE_TYPES:
         return _bytes_response(result, wanted)
     return HTTPResponse(orjson.dumps(result_body(result)), content_type="application/json")
 
 
 async def _finish(
-    service: Service, admitted: Admitted, on_event: Callable[[Any], None] | None, hook: Hook | None
+    request: Request, admitted: Admitted, on_event: Callable[[Any], None] | None, hook: Hook | None
 ) -> GenerationResult:
     """Run a request; what its receiver was told is safe when its client gets the answer."""
-    job = service.submit(admitted, on_event)
+    service: Service = request.app.ctx.service
+    job = service.submit(admitted, on_event, owner_of(request))
     if hook is None:
         return await service.finish(job)
     hook.begin(admitted.options)
@@ -190,7 +200,7 @@ async def _stream(
         with telling(hook):
             admitted = await admission
             lines.events.callback_steps = admitted.options.get("callback_steps")
-            return await _finish(service, admitted, on_event, hook)
+            return await _finish(request, admitted, on_event, hook)
 
     begun = asyncio.create_task(lines.begun.wait())
     job: asyncio.Task[GenerationResult] | None = None

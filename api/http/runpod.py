@@ -13,8 +13,9 @@ from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
 from api.errors import ApiError
-from api.http.accept import check_id, key_of, owner_of
+from api.http.accept import check_id, key_of
 from api.http.jobs import whole
+from api.http.keys import owner_of
 from api.http.native import parse_object
 from api.service.bodies import images_body
 from api.service.entries import Entry

@@ -50,6 +50,7 @@ class Job:
         timings: milliseconds by phase of what came before, to be told with the result.
         patience: seconds after which nobody waits for it any more.
         destinations: where its images go, if not into the answer.
+        owner: name of the key that it came with.
 
     Attributes:
         framed: the message that gives it to a worker.
@@ -68,8 +69,10 @@ class Job:
         timings: dict[str, int] | None = None,
         patience: float = math.inf,
         destinations: tuple[Destination, ...] = (),
+        owner: str = "",
     ) -> None:
         self.request = request
+        self.owner = owner
         self.destinations = destinations
         self._timings = timings or {}
         self.framed = _frame(request, events=on_event is not None)

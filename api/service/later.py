@@ -25,6 +25,8 @@ from api.service.endpoints import Counts, EndpointStore
 from api.service.entries import NATIVE, Accepted, Entry, Terms, Turn
 from api.service.jobs import JobState
 from api.service.ledger import Ledger
+from api.service.limits import Limits
+from api.service.places import Places
 from api.service.reports import Report, state_event
 from api.service.s3_config import S3Config
 from api.service.store import MAX_TRIES
@@ -61,19 +63,21 @@ class Later:
     Args:
         settings: where the store is, and how long things are kept.
         service: runs the jobs.
+        limits: how many jobs a key may have; none by default.
 
     Attributes:
         ledger: what is known of each job, to be read.
         waiting: how many jobs wait in the store.
     """
 
-    def __init__(self, settings: Settings, service: Service) -> None:
+    def __init__(self, settings: Settings, service: Service, limits: Limits | None = None) -> None:
+        self._places = Places(limits or Limits(settings, ()))
         self._settings = settings
         self._service = service
         self._store = EndpointStore(settings.state_dir, persist_inputs=settings.persist_inputs)
         self.ledger = Ledger(self._store, settings.result_ttl)
         self._completions = Completions(self.ledger, self._store)
-        self.ledger.on_end = self._completions.look
+        self.ledger.on_end = self._over
         self.waiting = 0
         self._running: dict[str, tuple[asyncio.Task[None], Report]] = {}
         self._hooks: dict[str, Hook] = {}
@@ -144,7 +148,8 @@ class Later:
             s3: a bucket that the images are to go to.
 
         Raises:
-            ApiError: what can be said against it without fetching its model; QUEUE_FULL, NOT_READY; DISK_FULL.
+            ApiError: what can be said against it without fetching its model; QUEUE_FULL, NOT_READY; DISK_FULL;
+                RATE_LIMITED, TOO_MANY_JOBS.
         """
         said = {"modelInputs": model_inputs, "callInputs": call_inputs, **({"s3Config": s3} if s3 else {})}
         inputs = msgspec.json.encode(said)
@@ -155,12 +160,12 @@ class Later:
         known = None if key is None else await self.ledger.call(self._store.by_key, key)
         if known is None:
             self._service.dispatcher.check_room()
-            self._count(1)  # before anything is awaited: those who come meanwhile find the queue as full as it will be
+            self._enter(terms.owner)  # before anything is awaited: those who come meanwhile find the queue so full
             try:
                 await self._service.check(model_inputs, call_inputs)
                 await check_places(terms, s3, self._settings)
             except BaseException:
-                self._count(-1)
+                self._turn_back(terms.owner)
                 raise
             ttl = min(self._settings.job_ttl, terms.ttl or math.inf)
             accept = partial(
@@ -168,7 +173,7 @@ class Later:
                 now=time.time(), ttl=ttl, events=[state_event(JobState.IN_QUEUE)], key=key, digest=digest, terms=terms,
             )  # fmt: skip
             # a client that goes away now has its job all the same
-            known = await asyncio.shield(self._begin(self._write(accept)))
+            known = await asyncio.shield(self._begin(self._write(accept, terms.owner)))
         if known is None:
             message = "There is a job with this id already: choose another one, such as a UUID."
             raise ApiError("INVALID_INPUTS", message, field=field, requested=job_id)
@@ -235,29 +240,34 @@ class Later:
             raise ApiError("INVALID_INPUTS", message, field="id", requested=entry.id)
 
     async def _retry(self, entry: Entry) -> bool:
-        self._count(1)
+        self._enter(entry.owner)
         try:
             ttl = min(self._settings.job_ttl, entry.terms.ttl or math.inf)
             waits = await self.ledger.retry(entry.id, ttl)
         except BaseException:
-            self._count(-1)
+            self._turn_back(entry.owner)
             raise
-        self._count(0 if waits else -1)
+        if waits:
+            self._places.keep(entry.id, entry.owner)
+        else:
+            self._turn_back(entry.owner)
         self._wake.set()
         return waits
 
-    async def _write(self, accept: partial[Accepted | None]) -> Accepted | None:
+    async def _write(self, accept: partial[Accepted | None], owner: str) -> Accepted | None:
         try:
             accepted = await self.ledger.call(accept)
         except BaseException as fault:
-            self._count(-1)
+            self._turn_back(owner)
             if not isinstance(fault, sqlite3.Error):
                 raise
             log.exception("a job could not be stored")
             message = f"The job could not be stored in STATE_DIR: {fault}. Send it again as a request that waits."
             raise ApiError("DISK_FULL", message) from fault
         if accepted is None or not accepted.is_new:
-            self._count(-1)
+            self._turn_back(owner)
+        else:
+            self._places.keep(accepted.entry.id, owner)
         self._wake.set()
         return accepted
 
@@ -306,6 +316,7 @@ class Later:
             else:
                 message = f"The server died {tries} times while it ran this job; it is not tried again."
                 await self._end_from_outside(job_id, ApiError("WORKER_DIED", message))
+        self._places.recover(await self.ledger.call(self._store.owners))
         if waiting := await self.ledger.call(self._store.waiting):
             self._count(waiting)
             log.info("%d jobs wait from before", waiting)
@@ -405,6 +416,18 @@ class Later:
             except Exception:
                 log.exception("old jobs cannot be removed")
             await asyncio.sleep(min(_SWEEP, max(0.2, shortest / 4)))
+
+    def _over(self, job_id: str) -> None:
+        self._places.leave(job_id)
+        self._completions.look()
+
+    def _enter(self, owner: str) -> None:
+        self._places.take(owner)
+        self._count(1)
+
+    def _turn_back(self, owner: str) -> None:
+        self._count(-1)
+        self._places.give_back(owner)
 
     def _count(self, more: int) -> None:
         self.waiting += more

@@ -41,7 +41,7 @@ class Ledger:
         result_ttl: seconds that jobs are kept once they are over.
 
     Attributes:
-        on_end: called when jobs have ended.
+        on_end: called with the id of each job that has ended.
     """
 
     def __init__(self, store: EndpointStore, result_ttl: float) -> None:
@@ -52,7 +52,7 @@ class Ledger:
         self._written: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._ended: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._closed = False
-        self.on_end: Callable[[], None] = lambda: None
+        self.on_end: Callable[[str], None] = lambda _: None
 
     async def call(self, call: Callable[..., _T], *arguments: Any) -> _T:
         """Call a method of the store in its thread; calls are done in the order in which they are made.
@@ -291,7 +291,7 @@ class Ledger:
         self.tell(job_id)
         if ended := self._ended.pop(job_id, None):
             ended.set()
-        self.on_end()
+        self.on_end(job_id)
 
     def _no_such_job(self, job_id: str) -> ApiError:
         message = (

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from api.errors import ApiError
+from api.models.addresses import Reach
 from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef
@@ -26,9 +27,12 @@ from api.service.admission import Admission, Admitted
 from api.service.dispatch import Dispatcher
 from api.service.fetcher import Fetcher
 from api.service.jobs import Job, JobState
+from api.service.keys import Gate
 from api.service.later import Later
+from api.service.limits import Limits
 from api.service.schedulers import check_name
 from api.service.upload import upload
+from api.service.usage import Usage
 from api.service.webhooks import Webhooks
 from api.service.webhooks_init import tell_start
 from api.settings import Settings
@@ -62,11 +66,16 @@ class Service:
     Raises:
         ApiError: MODEL_ID or one of WARM_MODELS cannot be had, as far as that can be said without a network; there is
             no such SCHEDULER.
+        SettingsError: what is said of keys or addresses cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
         check_name(settings.scheduler)
+        Reach.of(settings)
         self.settings = settings
+        self.gate = Gate(settings)
+        self.limits = Limits(settings, self.gate.keys.names)
+        self.usage = Usage(settings.state_dir)
         self.library = Library(settings)
         names = devices(settings)
         self.dispatcher = Dispatcher(settings, names)
@@ -74,7 +83,7 @@ class Service:
         has_gpu = any(name.startswith("cuda") for name in names)
         self._admission = Admission(settings, self.library, self.fetcher, has_gpu)
         self.webhooks = Webhooks(settings)
-        self.later = Later(settings, self)
+        self.later = Later(settings, self, self.limits)
         self._to_fetch = [ref for ref in self._admission.default_refs() if not self._warm(ref, self.library.find(ref))]
         self._fetching: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
@@ -91,6 +100,7 @@ class Service:
         """
         self.later.open()
         self.webhooks.open()
+        self.usage.load()
 
     def start(self) -> None:
         """Start the workers, and fetch the models that they are to have; returns at once."""
@@ -101,6 +111,7 @@ class Service:
         self.webhooks.start()
         self._telling = loop.create_task(tell_start(self.webhooks, self.dispatcher, self.settings))
         self.later.start()
+        self.usage.start()
         loop.run_in_executor(None, self.library.volume.sweep)
         if self._to_fetch:
             self.dispatcher.initializing = True
@@ -118,6 +129,7 @@ class Service:
         await self.dispatcher.stop()
         await self.later.stop()
         await self.webhooks.stop()
+        await self.usage.stop()
 
     async def admit(
         self,
@@ -183,18 +195,19 @@ class Service:
         """What a model's weights are computed in."""
         return self._admission.precision_of(ref)
 
-    def submit(self, admitted: Admitted, on_event: Callable[[OnTheWay], None] | None = None) -> Job:
+    def submit(self, admitted: Admitted, on_event: Callable[[OnTheWay], None] | None = None, owner: str = "") -> Job:
         """Put a request in line; ``finish`` waits for it.
 
         Args:
             admitted: from ``admit``.
             on_event: called with phases, steps and previews as they happen.
+            owner: name of the key that it came with.
 
         Raises:
             ApiError: the queue is full, or the server cannot run jobs.
         """
         patience, destinations = self.settings.request_timeout, admitted.destinations
-        job = Job(admitted.request, on_event, admitted.timings, patience, destinations)
+        job = Job(admitted.request, on_event, admitted.timings, patience, destinations, owner)
         self.dispatcher.submit(job)
         return job
 
@@ -210,6 +223,20 @@ class Service:
         Raises:
             ApiError: the job failed, was cancelled or timed out; UPLOAD_FAILED.
         """
+        try:
+            result = await self._finished(job, from_start, on_upload)
+        except ApiError as error:
+            self.usage.note(job.owner, error)
+            raise
+        except asyncio.CancelledError:
+            self.usage.note(job.owner, ApiError("CANCELLED", "The client went away."))
+            raise
+        self.usage.note(job.owner, result, job.request.images)
+        return result
+
+    async def _finished(
+        self, job: Job, from_start: bool, on_upload: Callable[[Transfer], None] | None
+    ) -> GenerationResult:
         limit = self.settings.request_timeout
         try:
             result = await self._in_time(job, limit, from_start)

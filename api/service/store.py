@@ -225,6 +225,10 @@ class Store:
         """Ids and tries of the jobs that run; after a start: of those that ran when the process ended."""
         return self._db.execute("SELECT id, tries FROM jobs WHERE state = ? ORDER BY number", (_RUNNING,)).fetchall()
 
+    def owners(self) -> list[tuple[str, str]]:
+        """Ids and owners of the jobs that are not over."""
+        return self._db.execute("SELECT id, owner FROM jobs WHERE NOT over").fetchall()
+
     def inputs(self, job_id: str) -> bytes | None:
         """What a job is made from; None where it is over, or its inputs were in memory only."""
         row = self._db.execute("SELECT body FROM inputs WHERE id = ?", (job_id,)).fetchone()

@@ -64,7 +64,9 @@ async def _run(
         where = await asyncio.to_thread(s3_destinations, config, request.images, request.image_format, turn.id)
         admitted = admitted._replace(destinations=where)
     try:
-        result = await service.finish(service.submit(admitted, on_event), from_start=True, on_upload=hook)
+        result = await service.finish(
+            service.submit(admitted, on_event, turn.terms.owner), from_start=True, on_upload=hook
+        )
     except ApiError as error:
         if theirs and error.code == "UPLOAD_FAILED":
             error.field = FIELD

@@ -44,7 +44,7 @@ class Running:
         self.store.open()
         self.ledger = Ledger(self.store, 60)
         self.completions = Completions(self.ledger, self.store)
-        self.ledger.on_end = self.completions.look
+        self.ledger.on_end = lambda _: self.completions.look()
         self.receiver = Receiver()
         self.task: asyncio.Task[None] | None = None
         self.closed = False

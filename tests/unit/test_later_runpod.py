@@ -42,7 +42,7 @@ class Fake:
         request = types.SimpleNamespace(images=1, image_format="PNG")
         return _Admitted(request, model_inputs)
 
-    def submit(self, admitted: Any, _: Any) -> Any:
+    def submit(self, admitted: Any, _: Any, owner: str) -> Any:
         self.ran.append(admitted)
         return admitted
 

@@ -31,6 +31,26 @@ def test_secrets_never_appear() -> None:
     assert "b=1" in text
 
 
+def test_keys_with_names_never_appear() -> None:
+    redact = Redactor({"API_KEYS": "alice:first-key-1,bob=second-key-2,carol:sha256:" + "ab" * 32 + ",bare-key-3=="})
+    text = redact(f"first-key-1 second-key-2 {'ab' * 32} bare-key-3== alice")
+    assert text == "*** *** *** *** alice"
+
+
+def test_headers_are_no_place_to_read_keys_from() -> None:
+    redact = Redactor({})
+    for line in (
+        "Authorization: Bearer abc.def/ghi=",
+        "authorization: abcdefghi",
+        "{'authorization': 'Basic YTpzZWNyZXQ='}",
+        "(b'Authorization', b'Bearer abcdefghi')",
+        "Headers({'host': 'x', 'authorization': 'abcdefghi'})",
+    ):
+        told = redact(line)
+        assert "***" in told
+        assert not any(secret in told for secret in ("abc", "YTpz", "ghi"))
+
+
 def test_json_lines_carry_the_request_id_and_stay_one_line() -> None:
     line = _Formatter(True, Redactor({})).format(record("two\nlines", request_id="abc"))
     assert "\n" not in line

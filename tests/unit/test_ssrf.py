@@ -28,6 +28,7 @@ from api.service import upload as uploads
 from api.service.destinations import check_destinations, choose_destinations
 from api.service.fetch import fetch
 from api.service.options import check_options
+from api.service.webhooks_delivery import Delivery, check_receiver
 from api.settings import Settings, SettingsError
 
 PUBLIC = "93.184.215.14"
@@ -100,7 +101,7 @@ class Site:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-            do_GET = do_HEAD = do_PUT = answer
+            do_GET = do_HEAD = do_PUT = do_POST = answer
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -204,8 +205,19 @@ async def endpoint(url: str, known: Settings) -> None:
     await model(url, known)
 
 
+async def webhook(url: str, known: Settings) -> None:
+    await check_receiver(url, "f", known)
+    delivery = Delivery(known)
+    outcome = await delivery(url, b"{}", [])
+    await delivery.close()
+    if outcome.error:
+        raise ApiError("SOURCE_UNREACHABLE", outcome.error)
+
+
 Door = Callable[[str, Settings], Awaitable[None]]
-DOORS: dict[str, Door] = {"image": image, "output_url": output, "MODEL_URL": model, "MODEL_URL of S3": endpoint}
+DOORS: dict[str, Door] = {
+    "image": image, "output_url": output, "MODEL_URL": model, "MODEL_URL of S3": endpoint, "SEND_URL": webhook,
+}  # fmt: skip
 
 
 async def code_of(door: Door, url: str, known: Settings | None = None) -> str:
@@ -312,4 +324,5 @@ def test_every_door_has_the_guard() -> None:
         for path in (root / room).rglob("*.py")
         if any(each in path.read_text() for each in opening)
     }
-    assert found == {"models/http_client.py", "service/fetch.py", "service/upload.py", "service/workers.py"}
+    doors = {"models/http_client.py", "service/fetch.py", "service/upload.py", "service/webhooks_delivery.py"}
+    assert found == doors | {"service/workers.py"}
