@@ -90,21 +90,22 @@ class Ledger:
         return entry
 
     async def over(self, job_id: str, seconds: float) -> Entry:
-        """A job once it is over, or as it is after so many seconds.
+        """A job once it is over, or as it is after so many seconds, or when the server stops.
 
         Raises:
             ApiError: NO_SUCH_JOB, NOT_READY.
         """
+        entry = await self.get(job_id)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while True:
+                while entry.state not in TERMINAL and not self._closed:
                     ended = self._ended[job_id]
-                    entry = await self.call(self._store.get, job_id)
-                    if entry is None or entry.state in TERMINAL:
+                    entry = await self.get(job_id)
+                    if entry.state in TERMINAL:
                         self._ended.pop(job_id, None)
-                        break
-                    await ended.wait()
-        return await self.get(job_id)
+                    else:
+                        await ended.wait()
+        return entry if self._closed else await self.get(job_id)
 
     async def stream(self, job_id: str, seconds: float) -> tuple[Entry, list[dict[str, Any]]]:
         """What happened to a job and no call of this has told yet; waits for it for so many seconds at most.
@@ -295,6 +296,7 @@ class Ledger:
 
     def _no_such_job(self, job_id: str) -> ApiError:
         message = (
-            f"There is no such job. Results are removed {self._result_ttl:g} s after the job is over (RESULT_TTL)."
+            f"There is no such job. Results are removed {self._result_ttl:g} s after the job is over (RESULT_TTL), "
+            "those of runsync after a minute."
         )
         return ApiError("NO_SUCH_JOB", message, requested=job_id)

@@ -285,7 +285,7 @@ class Store:
             return None
         before, endpoint, keep, dies = found
         self._append(job_id, events)
-        expires = now + (ttl if keep is None else keep)
+        expires = now + (ttl if keep is None else min(keep, ttl))
         if dies is not None:
             expires = min(expires, max(dies, now + _LEAST_KEPT))
         self._db.execute(

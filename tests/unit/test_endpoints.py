@@ -176,6 +176,16 @@ def test_without_persistence_neither_webhook_nor_terms_are_in_the_folder(tmp_pat
     store.close()
 
 
+def test_terms_outlive_persistence_for_as_long_as_the_process_does(store: EndpointStore, tmp_path: Path) -> None:
+    accept(store, "a", webhook=HOOK)
+    store.close()
+    store = EndpointStore(tmp_path, persist_inputs=False)
+    store.open()
+    assert b"hippopotamus" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert store.take(1.0, []).terms.webhook == store.get("a").terms.webhook == HOOK
+    store.close()
+
+
 VERSION_1 = """
 CREATE TABLE jobs (
   number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, request_id TEXT NOT NULL,

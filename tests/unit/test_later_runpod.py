@@ -126,6 +126,20 @@ async def test_a_name_for_a_request_is_of_one_owner_and_endpoint(fake: Fake) -> 
     assert fake.later.waiting == fake.dispatcher.expected == 4  # one runs
 
 
+async def test_who_waits_for_an_end_when_the_server_stops_is_told_the_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(laters, "_LAST_WORDS", 0.2)
+    fake = Fake(Settings.from_env({"STATE_DIR": str(tmp_path)}))
+    fake.later.start()
+    entry = await fake.later.accept("r", PROMPT, {}, terms=terms())
+    waiting = asyncio.create_task(ended(fake, entry.id))
+    await asyncio.sleep(0.1)
+    await fake.later.stop()
+    told = await asyncio.wait_for(waiting, 5)
+    assert (told.id, told.state) == (entry.id, JobState.IN_PROGRESS)
+
+
 async def test_jobs_are_their_owners(fake: Fake) -> None:
     entry = await fake.later.accept("r", PROMPT, {}, terms=terms())
     ledger = fake.later.ledger
