@@ -194,18 +194,19 @@ async def test_a_start_goes_on_with_what_had_not_arrived(make: Make, receiver: R
     receiver.answer = lambda n: Outcome("no", at_least=3000)
     await post(first, 1)
     await post(first, 2, sign_key="of the request")
+    await post(first, 3, sign_key="s3cret")
     await until(lambda: receiver.tries == 1)
     await first.stop()
     rows = sqlite3.connect(tmp_path / "webhooks" / "webhooks.sqlite3").execute("SELECT sign_key FROM webhooks")
-    assert rows.fetchall() == [("",), ("of the request",)]  # the server's own is not written down
+    assert rows.fetchall() == [("",), ("of the request",), ("",)]  # the server's own is not written down
     receiver.answer = lambda n: Outcome()
     second = make(SIGN_KEY="s3cret")
     second._wake.set()
     assert receiver.got == []  # it still waits as long as it was asked to
     for entry in await second.listed("waiting", "", 10):
         await second.redeliver(entry.id, "")
-    await until(lambda: receiver.bodies == [{"n": 1}, {"n": 2}])
-    for (_, body, sent), key in zip(receiver.got, ("s3cret", "of the request"), strict=True):
+    await until(lambda: receiver.bodies == [{"n": 1}, {"n": 2}, {"n": 3}])
+    for (_, body, sent), key in zip(receiver.got, ("s3cret", "of the request", "s3cret"), strict=True):
         assert sent == dict(headers(sent["X-Webhook-Id"], body, key, float(sent["webhook-timestamp"])))
 
 
@@ -409,6 +410,64 @@ async def test_private_addresses_are_refused_at_the_door_and_on_the_way(url: str
     await delivery.close()
     assert outcome.final
     assert "private network" in outcome.error
+
+
+async def answering(answer: bytes, work: Callable[[int], Any]) -> tuple[Any, list[bytes]]:
+    """What comes of ``work(port)``, beside a server that answers each request so; and the requests."""
+    got: list[bytes] = []
+
+    async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        got.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(one, "127.0.0.1", 0) as server:
+        return await work(server.sockets[0].getsockname()[1]), got
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (b"204 No Content", Outcome()),
+        (b"202 Accepted\r\nContent-Length: 99", Outcome()),  # and no more: its status has said all
+        (
+            b"302 Found\r\nLocation: http://127.0.0.1:1/",
+            Outcome("it answered 302; redirects are not followed", is_down=False),
+        ),
+        (b"404 Not Found", Outcome("it answered 404", is_down=False)),
+        (b"410 Gone", Outcome("it answered 410: it wants no more of these", final=True, is_down=False)),
+        (b"503 Busy\r\nRetry-After: 7", Outcome("it answered 503", 7.0)),
+        (b"429 Slow Down\r\nRetry-After: 99999", Outcome("it answered 429", 3600.0)),
+    ],
+)
+async def test_what_becomes_of_an_answer(answer: bytes, outcome: Outcome) -> None:
+    delivery = Delivery(Settings.from_env({"ALLOW_PRIVATE_URLS": "1"}))
+
+    async def work(port: int) -> Outcome:
+        return await delivery(f"http://127.0.0.1:{port}/hook?a=1", b"{}", [("X-Webhook-Id", "msg_1")])
+
+    length = b"" if b"Content-Length" in answer else b"Content-Length: 0\r\n"
+    found, got = await answering(b"HTTP/1.1 " + answer + b"\r\n" + length + b"Connection: close\r\n\r\n", work)
+    await delivery.close()
+    assert found == outcome
+    assert len(got) == 1
+    assert got[0].startswith(b"POST /hook?a=1 HTTP/1.1")
+    assert b"Content-Type: application/json" in got[0]
+
+
+async def test_a_receiver_that_does_not_answer_is_not_waited_for() -> None:
+    delivery = Delivery(Settings.from_env({"ALLOW_PRIVATE_URLS": "1", "WEBHOOK_TIMEOUT": "0.2"}))
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        found = await delivery(f"http://127.0.0.1:{port}/", b"{}", [])
+        await delivery.close()
+    assert found == Outcome("it took longer than 0.2 seconds")
 
 
 async def test_the_servers_own_receiver_may_be_in_a_private_network() -> None:
