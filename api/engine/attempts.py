@@ -165,6 +165,7 @@ class Attempts:
 
         def on_load(reservation: Reservation) -> None:
             if not loading and first:
+                self._cache.tally.switch()
                 job.on_phase("loadModel", "start")
             loading.append((reservation.seconds, time.perf_counter()))  # not what it holds
 
@@ -204,6 +205,7 @@ class Attempts:
                 return weights_of(placement)
             done = self._try(model, job, placement)
             if isinstance(done, _Short) and self._cache.clear_idle():
+                self._cache.tally.shortage("evict")
                 log.warning("out of memory: idle models are evicted and the request is tried once more")
                 done = self._try(model, job, placement)
         return None if isinstance(done, _Short) else done
@@ -219,6 +221,7 @@ class Attempts:
         Raises:
             ApiError: OUT_OF_MEMORY.
         """
+        self._cache.tally.shortage("alone")
         log.warning("out of memory: the request is run alone")
         placement: str | None = None
         ways = self.ways(job.request)
@@ -234,6 +237,7 @@ class Attempts:
                 continue
             if isinstance(done, Ran):
                 return done
+            self._cache.tally.shortage("lower_placement")
             placement, way, again = done, weights_of(done), True
             self._cache.clear_idle()
 
@@ -265,6 +269,8 @@ class Attempts:
                 if isinstance(done, Ran):
                     return done
                 placement, again = self.ladder.lower(model, job.request, placement, done.short_at, ways), True
+                if placement and weights_of(placement) == way:
+                    self._cache.tally.shortage("lower_placement")
             if placement:
                 return placement
             self.ladder.note(model, job.request, fitted=False)

@@ -17,6 +17,7 @@ from api.engine.known import Known
 from api.engine.moving import Mover, Reservation
 from api.engine.offload import Offloaded
 from api.engine.parts import Loader, PartSpec, Run
+from api.engine.tally import Tally
 from api.engine.tiers import Tiers
 from api.schema.generation import ModelRef
 from api.schema.messages import Held, Memory
@@ -36,18 +37,26 @@ class ModelCache:
         on_device: runs a function on the device's thread; also takes ``cancelled``, which is asked while it waits.
         exclusively: the same, while nothing else runs.
         freed: called after evictions, when the device's memory can be given back, and never under the books' lock.
+        tally: counts what is moved.
     """
 
     def __init__(
-        self, tiers: Tiers, loader: Loader, on_device: Run, exclusively: Run, freed: Callable[[], None]
+        self,
+        tiers: Tiers,
+        loader: Loader,
+        on_device: Run,
+        exclusively: Run,
+        freed: Callable[[], None],
+        tally: Tally | None = None,
     ) -> None:
+        self.tally = tally or Tally()
         self.tiers = tiers
         self.loader = loader
         self._exclusively = exclusively
         self._freed = freed
         self._known = Known(tiers, loader)
-        self._host = HostParts(tiers, self._known, loader, exclusively, self._forget)
-        self._mover = Mover(tiers, self._host, loader, on_device, exclusively, self._arrived)
+        self._host = HostParts(tiers, self._known, loader, exclusively, self._forget, self.tally)
+        self._mover = Mover(tiers, self._host, loader, on_device, exclusively, self._arrived, self.tally)
         self._modules: dict[str, Any] = {}
         """By key of the part; of an offloaded model by its own key, a dictionary of them."""
         self._models: dict[str, Any] = {}
@@ -140,6 +149,7 @@ class ModelCache:
         ref, begun = reservation.ref, reservation.begun
         if begun is None:
             return self._models[ref.key]
+        source, started = self._source(begun), time.perf_counter()
         try:
             self.give_back()
             if not self._mover.bring(reservation, cancelled):
@@ -150,6 +160,7 @@ class ModelCache:
             self._give_up(reservation, begun)
             raise
         if begun.copy:
+            self.tally.load(source, time.perf_counter() - started)
             log.info("loaded %s: %.1f MB", ref.key, sum(spec.bytes for spec in reservation.specs) / 1e6)
         return model
 
@@ -381,6 +392,12 @@ class ModelCache:
             return False
         return all(self._host.bring(ref, specs, spec, {*ahead_of, ref.key}) for spec in wanted)
 
+    def _source(self, begun: Begun) -> str:
+        """Where a model comes from: the host's memory where all is there that it lacks."""
+        with self.tiers.lock:
+            parts = [self.tiers.part(key) for key in begun.read or begun.copy if key != begun.model]
+        return "host" if all(part and part.host is State.HELD for part in parts) else "disk"
+
     def _arrived(self, key: str, module: Any) -> None:
         with self.tiers.lock:
             self._modules[key] = module
@@ -414,6 +431,8 @@ class ModelCache:
 
     def _forget(self, moves: Moves) -> Moves:
         """Let go of what left a tier, and of the models that were made of it."""
+        self.tally.evicted("device", len(moves.device))
+        self.tally.evicted("host", len(moves.host))
         self._host.forget(moves.host)
         for key in moves.device:
             left = self._modules.pop(key, None)

@@ -77,6 +77,11 @@ class Call:
         return getattr(self.function, "__name__", "")
 
     @property
+    def title(self) -> str:
+        """Its module's class and the method; empty: it is no module's."""
+        return "" if getattr(self.function, "__self__", None) is None else f"{self.owner}.{self.name}"
+
+    @property
     def rows(self) -> int:
         """How many rows of a batch it is."""
         return self.mergeable.rows if self.mergeable else 1

@@ -13,6 +13,7 @@ import torch
 from api.engine.budgets import Memory
 from api.engine.peaks import CudaMeter, Meter
 from api.engine.stopwatch import CpuStopwatch, CudaStopwatch, Stopwatch
+from api.schema.counts import DeviceMemory
 
 log = logging.getLogger("api.engine")
 
@@ -72,6 +73,13 @@ class Device:
             return 0
         peak = self._meter.most if self._meter else 0
         return torch.cuda.memory_allocated(self.torch) / peak if peak else 0
+
+    def allocations(self) -> DeviceMemory | None:
+        """What this process has of a GPU's memory; None for a CPU. Waits for nothing."""
+        if not self.is_cuda:
+            return None
+        allocated, reserved = torch.cuda.memory_allocated(self.torch), torch.cuda.memory_reserved(self.torch)
+        return DeviceMemory(allocated, reserved, self._meter.most if self._meter else allocated)
 
     def stopwatch(self) -> Stopwatch:
         """What times its calls."""

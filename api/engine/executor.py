@@ -22,6 +22,7 @@ from api.engine.calls import Call, Cancelled, Ticket
 from api.engine.peaks import Peaks
 from api.engine.runs import Runs
 from api.engine.stopwatch import CpuStopwatch, Stopwatch
+from api.engine.tally import Tally
 
 _PATIENCE = 0.5
 """Share of a call's own time that is waited, at most, for jobs that are between two steps."""
@@ -43,10 +44,15 @@ class Executor:
         threads: for the computations of a CPU; None: as torch has it.
         stopwatch: of the device; a CPU's without one.
         peaks: learns how much memory calls take.
+        tally: counts calls.
     """
 
     def __init__(
-        self, threads: int | None = None, stopwatch: Stopwatch | None = None, peaks: Peaks | None = None
+        self,
+        threads: int | None = None,
+        stopwatch: Stopwatch | None = None,
+        peaks: Peaks | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self._peaks = peaks or Peaks()
         self._threads = threads
@@ -56,7 +62,7 @@ class Executor:
         self._calls: list[Call] = []
         self._alone: list[Call] = []
         self._exclusive = False
-        self._runs = Runs(self._stopwatch, self._peaks, self._waiting)
+        self._runs = Runs(self._stopwatch, self._peaks, self._waiting, tally or Tally())
         self._closed = False
         self.calls = 0
         """Module calls that were asked for."""

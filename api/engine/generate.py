@@ -39,6 +39,7 @@ from api.engine.prompts import understand
 from api.engine.refusals import is_of_inputs
 from api.engine.schedulers import refused_by
 from api.engine.staging import Stager
+from api.engine.tally import Tally
 from api.engine.tiers import Tiers
 from api.engine.truncation import cut_off
 from api.engine.views import view
@@ -104,11 +105,13 @@ class Engine:
         found = device.memory()
         self.peaks = Peaks(device.meter(), found.free if found else None)
         threads = None if device.is_cuda else torch.get_num_threads()
-        self.executor = Executor(threads, device.stopwatch(), self.peaks)
+        self.tally = Tally()
+        self.executor = Executor(threads, device.stopwatch(), self.peaks, self.tally)
         limits = limits or budgets(None, None, device.memory(), host_memory())
         tiers = Tiers(limits.device, limits.host, shared=limits.shared, capacity=limits.capacity)
         executor, loader = self.executor, loader or PartLoader(device, limits.host)
-        self.cache = ModelCache(tiers, loader, executor.on_device, executor.exclusively, device.release_cache)
+        run, alone = executor.on_device, executor.exclusively
+        self.cache = ModelCache(tiers, loader, run, alone, device.release_cache, self.tally)
         self.adapters = Adapters(device.torch, adapters_limit)
         self.embeddings = Embeddings(embeddings_limit)
         self.cache.on_clear, self.cache.on_leave = self._clear, self.embeddings.forget
@@ -287,9 +290,12 @@ class Engine:
                 previews = Previews(model, pipe, size, request.preview, on_preview)
                 previews.prepare()
 
+            stepped = self.tally.steps(request.pipeline)
+
             def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 if cancelled():
                     raise Cancelled
+                stepped()
                 total = max(pipe.num_timesteps, step + 1)
                 on_step(step + 1, total)
                 extras.after(step + 1, tensors.get("latents"))

@@ -9,6 +9,7 @@ from api.engine.books import Moves, NeverFits, State, Turn
 from api.engine.known import Known
 from api.engine.parts import HostPart, Loader, PartSpec, Run
 from api.engine.spent import Rate
+from api.engine.tally import Tally
 from api.engine.tiers import Tiers
 from api.errors import ApiError
 from api.schema.generation import ModelRef
@@ -26,14 +27,22 @@ class HostParts:
         loader: reads.
         exclusively: runs a function on the device's thread, while nothing else runs.
         left: told of what left a tier because a part came; the books' lock is held.
+        tally: counts what is read.
 
     Attributes:
         rate: how fast parts are read.
     """
 
     def __init__(
-        self, tiers: Tiers, known: Known, loader: Loader, exclusively: Run, left: Callable[[Moves], object]
+        self,
+        tiers: Tiers,
+        known: Known,
+        loader: Loader,
+        exclusively: Run,
+        left: Callable[[Moves], object],
+        tally: Tally,
     ) -> None:
+        self._tally = tally
         self._tiers = tiers
         self._known = known
         self._loader = loader
@@ -135,7 +144,9 @@ class HostParts:
             with self._tiers.lock:
                 self._left(self._tiers.read_failed(spec.key))
             raise
-        self.rate.note(spec.bytes, time.perf_counter() - began)
+        took = time.perf_counter() - began
+        self.rate.note(spec.bytes, took)
+        self._tally.moved("read", spec.bytes, took)
         with self._tiers.lock:
             self._parts[spec.key] = host
             self._left(self._tiers.read_done(spec.key))

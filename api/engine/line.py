@@ -92,6 +92,7 @@ class Line:
             except (torch.OutOfMemoryError, MemoryError) as fault:
                 second = fault.with_traceback(None)  # which knows the modules that were on their way
             # past the handler: until it ends, the fault and all that it knows of live
+            self._cache.tally.shortage("reload")
             self._cache.clear_idle()
             if first:
                 raise out_of_memory(second) from second

@@ -17,6 +17,7 @@ from api.engine.host import TICK, HostParts
 from api.engine.offload import Offloaded
 from api.engine.parts import HostPart, Loader, PartSpec, Run
 from api.engine.spent import Rate, Spent, measuring
+from api.engine.tally import Tally
 from api.engine.tiers import Tiers
 from api.schema.generation import ModelRef
 
@@ -55,6 +56,7 @@ class Mover:
         exclusively: the same, while nothing else runs.
         arrived: told the key of each part that is on the device, and its module, on whichever thread brings it; of an
             offloaded model its own key, and its modules by name.
+        tally: counts what is copied.
 
     Attributes:
         rate: how fast parts are copied to the device.
@@ -68,7 +70,9 @@ class Mover:
         on_device: Run,
         exclusively: Run,
         arrived: Callable[[str, Any], None],
+        tally: Tally,
     ) -> None:
+        self._tally = tally
         self._tiers = tiers
         self._host = host
         self._loader = loader
@@ -150,6 +154,7 @@ class Mover:
             reservation.seconds["build"] += spent.build
             reservation.seconds["copy"] += spent.copy
             self.rate.note(spec.bytes, spent.copy)
+            self._tally.moved("copy", spec.bytes, spent.copy)
             return module
 
         run = self._exclusively if spec.by_library else self._on_device

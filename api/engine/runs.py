@@ -13,6 +13,7 @@ from api.engine.curve import Curve
 from api.engine.merging import CannotSplit, Mergeable, merge, rejoin, split, take
 from api.engine.peaks import Peaks
 from api.engine.stopwatch import Stopwatch
+from api.engine.tally import Tally
 
 log = logging.getLogger("api.engine")
 
@@ -27,13 +28,15 @@ class Runs:
         stopwatch: of the device.
         peaks: learns how much memory they take.
         waiting: see ``Peaks.measuring``.
+        tally: counts them.
 
     Attributes:
         count: calls that were made, merged ones as one.
     """
 
-    def __init__(self, stopwatch: Stopwatch, peaks: Peaks, waiting: Callable[[], object]) -> None:
+    def __init__(self, stopwatch: Stopwatch, peaks: Peaks, waiting: Callable[[], object], tally: Tally) -> None:
         self._stopwatch = stopwatch
+        self._tally = tally
         self._peaks = peaks
         self._waiting = waiting
         self._curves: dict[Any, Curve] = {}
@@ -75,6 +78,7 @@ class Runs:
             log.info("%s runs unmerged: it returns %s", name, fault)
             self._singly.add((batch[0].owner, batch[0].function.__name__))
         except torch.OutOfMemoryError:
+            self._tally.shortage("smaller_batch")
             self.curve(batch[0]).lower_cap(sum(counts) // 2)
             log.warning("out of memory with %d rows of %s: smaller batches from now on", sum(counts), name)
         except Exception as fault:  # one of them may be to blame: each is told its own
@@ -97,6 +101,7 @@ class Runs:
 
     def _run_in_halves(self, call: Call, whole: Mergeable) -> None:
         """A call of more rows than fit at once; the last resort before it fails."""
+        self._tally.shortage("halves")
         self.curve(call).lower_cap(max(1, call.rows // 2))
         try:
             call.result = rejoin(self._halves(call, whole))
@@ -135,9 +140,12 @@ class Runs:
         counts = [call.rows if rows is None else rows for call in batch]
         tickets = [call.ticket for call in batch]
         curve = self.curve(batch[0])
+        title = batch[0].title
 
         def note(seconds: float) -> None:
             curve.note(sum(counts), seconds)
+            if title:
+                self._tally.call(title, len(batch), sum(counts), seconds)
             for ticket, count in zip(tickets, counts, strict=True):
                 ticket.attained += seconds * count / sum(counts)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from api.schema.counts import Counts, DeviceMemory
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
 
 HEADER = struct.Struct(">I")
@@ -182,6 +183,13 @@ class Alive(msgspec.Struct, tag=True):
     stalled: float
 
 
+class Counted(msgspec.Struct, tag=True):
+    """What the worker has counted since it started, and what its process has of the device's memory (None: a CPU)."""
+
+    counts: Counts
+    memory: DeviceMemory | None = None
+
+
 class Phase(msgspec.Struct, tag=True):
     """A part of a request began or ended.
 
@@ -242,7 +250,7 @@ class Failed(msgspec.Struct, tag=True):
 ToWorker = Load | Unload | Stage | Plan | Due | Generate | Cancel
 OnTheWay = Phase | Progress | Preview
 AboutJob = OnTheWay | Computed | Done | Failed
-FromWorker = Ready | Loaded | Answer | Alive | AboutJob
+FromWorker = Ready | Loaded | Answer | Alive | Counted | AboutJob
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker = msgspec.msgpack.Decoder(ToWorker)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from api.schema.counts import Counts, DeviceMemory, plus
 from api.schema.generation import ModelRef
 from api.schema.messages import (
     DEVICE_LOST,
@@ -25,6 +26,7 @@ from api.schema.messages import (
     Alive,
     Answer,
     Cancel,
+    Counted,
     Due,
     FromWorker,
     Held,
@@ -95,6 +97,7 @@ class Worker:
         defunct: it does not start; tried again now and then.
         models: what is in its memory, by key, least recently used first.
         memory: how full its tiers are.
+        allocated: what it has of a GPU's memory.
         staged: the models that it was last asked to read ahead.
     """
 
@@ -110,6 +113,9 @@ class Worker:
         self.info: Ready | None = None
         self.models: dict[str, Held] = {}
         self.memory: Memory | None = None
+        self.allocated: DeviceMemory | None = None
+        self._counts = Counts()
+        self._counted_before = Counts()
         self.staged: list[ModelRef] = []
         self._lost: dict[str, _Lost] = {}
         self._leaving: dict[str, str] = {}
@@ -145,6 +151,11 @@ class Worker:
         if not self.ready or self.info is None or (self.alone and (self.running or self.encoding)):
             return 0
         return self.info.slots - len(self.running)
+
+    @property
+    def counts(self) -> Counts:
+        """What it has counted, all incarnations together; what one did in its last two seconds is lost with it."""
+        return plus(self._counted_before, self._counts)
 
     @property
     def pinned(self) -> list[ModelRef]:
@@ -294,6 +305,7 @@ class Worker:
         # what it was still to bring back is known better from the one before
         self._lost = {held.ref.key: _Lost(held) for held in had} | self._lost
         self.ready, self.models, self.info, self.memory, self.staged = False, {}, None, None, []
+        self._counted_before, self._counts, self.allocated = self.counts, Counts(), None
         self._answer_all("WORKER_DIED", "The worker died meanwhile; send the request again.")
         if self._alarm:
             self._alarm.cancel()
@@ -378,5 +390,7 @@ class Worker:
                 self._restored(message.id, message)
         elif isinstance(message, Alive):
             self._heard(message.stalled)
+        elif isinstance(message, Counted):
+            self._counts, self.allocated = message.counts, message.memory
         else:
             self._on_message(self, message)

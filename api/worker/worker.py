@@ -26,6 +26,7 @@ from api.schema.messages import (
     Alive,
     Answer,
     Computed,
+    Counted,
     Done,
     Failed,
     Generate,
@@ -60,6 +61,11 @@ def _end_if_lost(fault: BaseException) -> None:
     if is_fatal(fault):
         log.critical("the device is lost (%s): this worker ends and is replaced", fault)
         os._exit(DEVICE_LOST)
+
+
+def _about(request: GenerationRequest) -> dict[str, str]:
+    """What lines of the log say of a request."""
+    return {"request_id": request.request_id, "job_id": request.id, "model": request.model.model_id}
 
 
 def _at_once(call: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
@@ -126,11 +132,15 @@ class Worker:
 
     def _tell_alive(self) -> None:
         told, released, before = 0.0, 0, 0
+        counted: Counted | None = None
         while True:
             now = time.monotonic()
             if now - told >= _ALIVE:
                 told, runs = now, self._engine.executor.runs
                 self._link.send(Alive(self._pulse.stalled()))
+                if (now_counted := Counted(self._engine.tally.counts(), self._engine.device.allocations())) != counted:
+                    counted = now_counted
+                    self._link.send(counted)
                 if released != runs == before:  # nothing ran for a while, and something did before
                     release_host_memory()
                     released = runs
@@ -249,7 +259,7 @@ class Worker:
             link.send(Failed(job, error.code, error.message, details, traceback.format_exc()))
         except Exception as fault:  # the worker lives on; the client learns that it is not to blame
             _end_if_lost(fault)
-            log.exception("a job failed", extra={"request_id": request.request_id})
+            log.exception("a job failed", extra=_about(request))
             message = f"The pipeline failed ({type(fault).__name__}); the server's log says more."
             link.send(Failed(job, "INTERNAL_ERROR", message, {}, traceback.format_exc()))
         finally:
@@ -285,7 +295,7 @@ class Worker:
                 result = GenerationResult(encoded, meta, timings, usage, generated.nsfw, generated.extras)
                 self._link.send(Done(request.id, result))
             except Exception:
-                log.exception("an image could not be encoded", extra={"request_id": request.request_id})
+                log.exception("an image could not be encoded", extra=_about(request))
                 message = "The image could not be encoded; the server's log says more."
                 self._link.send(Failed(request.id, "INTERNAL_ERROR", message, {}, traceback.format_exc()))
 

@@ -17,6 +17,7 @@ from api.engine.device import Device
 from api.engine.executor import Executor
 from api.engine.generate import Engine, Generated
 from api.engine.refusals import is_of_inputs
+from api.engine.tally import Tally
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, ModelRef
 from api.schema.messages import Answer, Computed, Done, Due, Failed, FromWorker, Held, Load, Memory, Unload
@@ -66,6 +67,9 @@ class FakeEngine:
         self.generating: Callable[[], None] = lambda: None
         self.loading: Callable[[], None] = lambda: None
         self.measuring: Callable[[], None] = lambda: None
+        self.tally = Tally()
+
+    def allocations(self) -> None: ...
 
     def generate(self, request: GenerationRequest, **_: Any) -> Generated:
         self.generating()
