@@ -56,6 +56,7 @@ class _Formatter(logging.Formatter):
         message = record.getMessage()
         trace = self.formatException(record.exc_info) if record.exc_info else None
         request_id = getattr(record, "request_id", None)
+        known = {name: getattr(record, name, None) or None for name in ("job_id", "model", "owner", "timings")}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         if self._json:
             fields = {
@@ -64,6 +65,7 @@ class _Formatter(logging.Formatter):
                 "logger": record.name,
                 "message": self._redact(message),
                 "request_id": request_id,
+                **{name: self._redact(value) if isinstance(value, str) else value for name, value in known.items()},
                 "trace": self._redact(trace) if trace else None,
             }
             return orjson.dumps({k: v for k, v in fields.items() if v is not None}).decode()

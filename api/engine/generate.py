@@ -36,7 +36,7 @@ from api.engine.pipelines import make_pipeline
 from api.engine.placement import Build, about, codec_of, placed, weights_of
 from api.engine.preview import OnPreview, Previews
 from api.engine.prompts import understand
-from api.engine.refusals import is_of_inputs
+from api.engine.refusals import refused_inputs
 from api.engine.schedulers import refused_by
 from api.engine.staging import Stager
 from api.engine.tally import Tally
@@ -311,13 +311,11 @@ class Engine:
             except (ApiError, Cancelled, torch.OutOfMemoryError):
                 raise
             except Exception as fault:
-                if refusal := refused_by(fault, request, type(model.components.get("scheduler")).__name__):
-                    raise refusal from fault
-                if not is_of_inputs(fault, arguments):
+                own = type(model.components.get("scheduler")).__name__
+                refusal = refused_by(fault, request, own) or refused_inputs(fault, arguments, request.pipeline)
+                if refusal is None:
                     raise
-                log.warning("%s refused its inputs", request.pipeline, exc_info=fault)
-                message = f"diffusers refused the inputs: {fault}"
-                raise ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs") from fault
+                raise refusal from fault
             images = to_uint8(images_of(out))
         flags = getattr(out, "nsfw_content_detected", None)
         if request.safety_required and flags is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -9,6 +10,9 @@ import diffusers
 import PIL.Image
 
 from api.engine.device import is_fatal
+from api.errors import ApiError
+
+log = logging.getLogger("api.engine")
 
 _RARE = frozenset(
     {
@@ -40,3 +44,12 @@ def is_of_inputs(fault: Exception, inputs: dict[str, Any]) -> bool:
     deep = isinstance(fault, LookupError | AttributeError | RuntimeError)
     several = any(isinstance(v, list) and isinstance(v[0], PIL.Image.Image) for v in inputs.values() if v)
     return deep and (several or any(inputs.get(name) is not None for name in _RARE))
+
+
+def refused_inputs(fault: Exception, inputs: dict[str, Any], pipeline: str) -> ApiError | None:
+    """What a request is told that is to blame for a pipeline's failure; None where it is not."""
+    if not is_of_inputs(fault, inputs):
+        return None
+    log.warning("%s refused its inputs", pipeline, exc_info=fault)
+    message = f"diffusers refused the inputs: {fault}"
+    return ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs")

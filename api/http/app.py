@@ -10,13 +10,28 @@ import time
 from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
-from api.http import cors, errors, health, jobs, keys, models, native, plan, runpod, schedulers, usage, webhooks
+from api.http import (
+    cors,
+    errors,
+    health,
+    jobs,
+    keys,
+    metrics,
+    models,
+    native,
+    plan,
+    runpod,
+    schedulers,
+    usage,
+    webhooks,
+)  # fmt: skip
+from api.http.observed import Observed, route_of
 from api.service.service import Service
 
 log = logging.getLogger("api.http")
 
 _CLIENT_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
-_QUIET = frozenset({"/healthcheck", "/ping"})
+_QUIET = frozenset({"/healthcheck", "/ping", "/metrics"})
 
 
 def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
@@ -27,7 +42,7 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
         name: Sanic keeps apps in a registry by name.
     """
     settings = service.settings
-    app = Sanic(name, configure_logging=False, error_handler=errors.Handler())
+    app = Observed(name, configure_logging=False, error_handler=errors.Handler())
     app.config.update(
         {
             "REQUEST_MAX_SIZE": settings.max_body,
@@ -65,6 +80,7 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
     async def end(request: Request, response: HTTPResponse) -> None:
         request_id = getattr(request.ctx, "id", None) or secrets.token_hex(8)
         response.headers["X-Request-Id"] = request_id
+        request.ctx.status = response.status
         quiet = request.path in _QUIET or request.path.startswith("/health/")
         took = (time.perf_counter() - getattr(request.ctx, "began", time.perf_counter())) * 1000
         log.log(
@@ -74,9 +90,13 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
             request.path,
             response.status,
             took,
-            extra={"request_id": request_id},
+            extra={"request_id": request_id, "owner": getattr(request.ctx, "owner", None)},
         )
+        service.watch.answered(request.method, route_of(request), response.status, took / 1000)
 
-    for part in (keys, cors, native, plan, jobs, runpod, health, models, schedulers, usage, webhooks):
+    parts = (
+        keys, cors, native, plan, jobs, runpod, health, metrics, models, schedulers, usage, webhooks,
+    )  # fmt: skip
+    for part in parts:
         part.register(app)
     return app

@@ -41,6 +41,8 @@ def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
 
 def error_response(error: ApiError, request: Request) -> HTTPResponse:
     """An error as HTTP."""
+    request.ctx.error = error.code
+    request.app.ctx.service.watch.error(error.code)
     legacy = request.path == "/" and request.app.ctx.service.settings.legacy_status and error.code not in _TRUE_STATUS
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     if error.code == "METHOD_NOT_ALLOWED":

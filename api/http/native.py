@@ -227,7 +227,9 @@ async def _stream(
         try:
             last = result_body(job.result())
         except Exception as fault:  # the status line is gone: the error is the last line
-            last = error_body(to_api_error(fault, request), request.ctx.id)
+            error = to_api_error(fault, request)
+            service.watch.error(error.code)
+            last = error_body(error, request.ctx.id)
         await response.send(orjson.dumps(last) + b"\n")
         await response.eof()
     finally:

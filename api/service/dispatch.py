@@ -16,6 +16,7 @@ from api.schema.messages import AboutJob, Cancel, Computed, Done, Due, Failed, L
 from api.service.blame import Blame
 from api.service.jobs import Job
 from api.service.placing import Placing
+from api.service.watch import Watch
 from api.service.workers import Worker
 from api.settings import Settings
 
@@ -45,6 +46,7 @@ class Dispatcher:
     Attributes:
         initializing: models that are to be in memory from the start are still being fetched.
         expected: requests that wait for their model to be fetched: they count as queued.
+        watch: told of jobs that are over.
     """
 
     def __init__(self, settings: Settings, devices: tuple[str, ...]) -> None:
@@ -52,6 +54,7 @@ class Dispatcher:
         self._queue: Order[Job] = Order(settings.max_switch_wait)
         self.initializing = False
         self.expected = 0
+        self.watch = Watch()
         self._warm: list[Load] = []
         self._jobs: dict[str, Job] = {}
         self.workers = [
@@ -97,6 +100,10 @@ class Dispatcher:
         if not ready or self.initializing:
             return "STARTING"
         return "READY" if any(worker.free for worker in ready) else "BUSY"
+
+    def states(self) -> Counter[tuple[str, str]]:
+        """How many jobs there are here, by kind (``connection`` or ``later``) and state."""
+        return Counter(("later" if job.for_later else "connection", job.state.value) for job in self._jobs.values())
 
     def warm(self, ref: ModelRef) -> None:
         """Load a model on every worker, now and whenever one starts again."""
@@ -243,8 +250,10 @@ class Dispatcher:
 
     def _finish(self, job: Job, error: ApiError) -> None:
         job.fail(error)
-        self._jobs.pop(job.id, None)
+        was_here = self._jobs.pop(job.id, None)
         self._queue.leave(job)
+        if was_here:
+            self.watch.over(job)
 
     def _on_message(self, worker: Worker, message: AboutJob) -> None:
         job = self._jobs.get(message.id)
@@ -268,11 +277,15 @@ class Dispatcher:
                 if (took := message.result.timings.get("loadModel")) is not None:
                     self._placing.note(job.request.model.key, took / 1000)
                 job.complete(message.result)
+                waited = round(((job.begun or job.created) - job.created) * 1000)
+                timings = {"queue": waited, **message.result.timings}
+                told = ", ".join(f"{phase} {took} ms" for phase, took in timings.items())
+                log.info("job done: %s", told, extra={**job.about, "timings": timings})
             else:
-                about = {"request_id": job.request.request_id}
-                log.warning("job failed: %s %s", message.code, message.message, extra=about)
-                log.debug("%s", message.stack, extra=about)
+                log.warning("job failed: %s %s", message.code, message.message, extra=job.about)
+                log.debug("%s", message.stack, extra=job.about)
                 job.fail(ApiError(message.code, message.message, **message.error))
+            self.watch.over(job)
         self._feed()
 
     def _on_state(self, worker: Worker) -> None:

@@ -26,6 +26,7 @@ from api.models.sources.remote import access_to
 from api.schema.transfers import Transfer
 from api.service.progress import Tracker
 from api.service.threads import in_thread, soon
+from api.service.watch import Watch
 from api.settings import Settings
 
 log = logging.getLogger("api.fetch")
@@ -118,6 +119,9 @@ class Fetcher:
         settings: whether there are downloads, and the keys for them.
         library: what is here, and the volume that models are put on.
         in_use: names of the folders that jobs work with.
+
+    Attributes:
+        watch: told of what is fetched.
     """
 
     def __init__(self, settings: Settings, library: Library, in_use: Callable[[], set[str]]) -> None:
@@ -135,6 +139,7 @@ class Fetcher:
         self._asking = asyncio.Semaphore(AT_ONCE)
         self._asking_strangers = asyncio.Semaphore(AT_ONCE)
         self._stopping = False
+        self.watch = Watch()
 
     async def ensure(self, ref: SourceRef, check: Check | None = None, on_event: OnTransfer | None = None) -> Fetched:
         """Wait until a model is here.
@@ -178,6 +183,7 @@ class Fetcher:
             fetch = self._fetches.get(ref.name)
         if fetch is None:
             fetch = self._fetches[ref.name] = _Fetch(ref)
+            self.watch.fetching(fetch.readers, fetch.outcome)
             self._begin(self._run(fetch))
         fetch.waiting += 1
         if on_event is not None:
@@ -226,6 +232,11 @@ class Fetcher:
             yield
         finally:
             asyncio.get_running_loop().call_later(_LINGER, self._held.subtract, names)
+
+    @property
+    def fetching(self) -> int:
+        """How many models and adapters are being fetched now."""
+        return len(self._fetches)
 
     def transfers(self) -> list[Transfer]:
         """Everything that is on its way now."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,6 +17,9 @@ from api.errors import ApiError
 from api.schema.generation import GenerationRequest, GenerationResult, each_picture
 from api.schema.messages import Generate, OnTheWay, frame
 from api.service.destinations import Destination
+
+if TYPE_CHECKING:
+    from api.service.tracing import JobTrace
 
 
 class JobState(StrEnum):
@@ -57,6 +61,9 @@ class Job:
         alone: a worker died under it: it runs by itself from now on, so that a second death has one cause.
         lone_deaths: workers that died while it ran by itself.
         held: when it began to wait for a worker that has its model, though another one was free.
+        begun: when a worker began with it for the first time.
+        for_later: no client waits for it on a connection.
+        trace: the spans of its phases, where requests are traced.
 
     Raises:
         ApiError: INVALID_INPUTS when an input cannot be handed to a worker.
@@ -83,6 +90,9 @@ class Job:
         self.created = time.monotonic()
         self.deadline = self.created + patience
         self.started: float | None = None
+        self.begun: float | None = None
+        self.for_later = False
+        self.trace: JobTrace | None = None
         self._on_event = on_event
         self._outcome: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
 
@@ -104,6 +114,25 @@ class Job:
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
     @property
+    def about(self) -> dict[str, str]:
+        """What lines of the log say of it."""
+        request, owner = self.request, getattr(self, "owner", "")
+        return {
+            "request_id": request.request_id,
+            "job_id": request.id,
+            "model": request.model.model_id,
+            "owner": owner,
+        }
+
+    @property
+    def outcome(self) -> GenerationResult | ApiError | None:
+        """What came of it; None until it is over."""
+        if not self._outcome.done():
+            return None
+        fault = self._outcome.exception()
+        return fault if isinstance(fault, ApiError) else self._outcome.result()
+
+    @property
     def over(self) -> bool:
         """Whether the job is in a terminal state."""
         return self.state in TERMINAL
@@ -112,6 +141,9 @@ class Job:
         """A worker begins with it, for the first time or once more."""
         self.state = JobState.IN_PROGRESS
         self.started = time.monotonic()
+        self.begun = self.begun or self.started
+        if self.trace:
+            self.trace.started()
 
     def requeue(self) -> None:
         """Its worker died: it waits again."""

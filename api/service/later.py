@@ -30,6 +30,7 @@ from api.service.places import Places
 from api.service.reports import Report, state_event
 from api.service.s3_config import S3Config
 from api.service.store import MAX_TRIES
+from api.service.watch import Watch
 from api.service.webhooks_hook import Hook
 from api.settings import Settings
 
@@ -68,6 +69,7 @@ class Later:
     Attributes:
         ledger: what is known of each job, to be read.
         waiting: how many jobs wait in the store.
+        watch: told of what becomes of them.
     """
 
     def __init__(self, settings: Settings, service: Service, limits: Limits | None = None) -> None:
@@ -79,6 +81,7 @@ class Later:
         self._completions = Completions(self.ledger, self._store)
         self.ledger.on_end = self._over
         self.waiting = 0
+        self.watch = Watch()
         self._running: dict[str, tuple[asyncio.Task[None], Report]] = {}
         self._hooks: dict[str, Hook] = {}
         self._wake = asyncio.Event()
@@ -268,6 +271,7 @@ class Later:
             self._turn_back(owner)
         else:
             self._places.keep(accepted.entry.id, owner)
+            self.watch.accepted(accepted.entry.id)
         self._wake.set()
         return accepted
 
@@ -352,7 +356,8 @@ class Later:
         self._wake.set()
 
     async def _run(self, turn: Turn, report: Report) -> None:
-        about = {"request_id": turn.request_id}
+        about = {"request_id": turn.request_id, "job_id": turn.id}
+        self.watch.turn(turn.id)
         inputs = msgspec.json.decode(turn.inputs)
         hook = self._service.webhooks.hook(inputs["callInputs"], job=turn.id, owner=turn.terms.owner)
         if hook:

@@ -18,6 +18,7 @@ from api.service.endpoints import EndpointStore
 from api.service.entries import Entry
 from api.service.jobs import TERMINAL, JobState
 from api.service.reports import state_event
+from api.service.watch import Watch
 
 log = logging.getLogger("api.later")
 
@@ -42,6 +43,7 @@ class Ledger:
 
     Attributes:
         on_end: called with the id of each job that has ended.
+        watch: told of jobs that are over.
     """
 
     def __init__(self, store: EndpointStore, result_ttl: float) -> None:
@@ -53,6 +55,7 @@ class Ledger:
         self._ended: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._closed = False
         self.on_end: Callable[[str], None] = lambda _: None
+        self.watch = Watch()
 
     async def call(self, call: Callable[..., _T], *arguments: Any) -> _T:
         """Call a method of the store in its thread; calls are done in the order in which they are made.
@@ -252,14 +255,16 @@ class Ledger:
     async def _end(
         self, job_id: str, outcome: GenerationResult | ApiError, events: list[dict[str, Any]]
     ) -> JobState | None:
-        now, ttl = time.time(), self._result_ttl
+        now, ttl, state = time.time(), self._result_ttl, JobState.COMPLETED
         if isinstance(outcome, ApiError):
             error, state = outcome.body(), _STATES.get(outcome.code, JobState.FAILED)
             events = [*events, state_event(state, code=outcome.code)]
             before = await self.call(lambda: self._store.fail(job_id, state, error, events, now=now, ttl=ttl))
         else:
-            result, events = outcome, [*events, state_event(JobState.COMPLETED)]
+            result, events = outcome, [*events, state_event(state)]
             before = await self.call(lambda: self._store.complete(job_id, result, events, now=now, ttl=ttl))
+        if before is not None:
+            self.watch.later_over(job_id, state.value, outcome)
         self._tell_end(job_id)
         return before
 
@@ -274,6 +279,7 @@ class Ledger:
         body = error.body()
         ended = await self.call(lambda: self._store.purge(endpoint, owner, body, events, now=now, ttl=ttl))
         for job_id in ended:
+            self.watch.later_over(job_id, JobState.CANCELLED.value, error)
             self._tell_end(job_id)
         return len(ended)
 

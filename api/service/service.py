@@ -30,9 +30,12 @@ from api.service.jobs import Job, JobState
 from api.service.keys import Gate
 from api.service.later import Later
 from api.service.limits import Limits
+from api.service.metrics import Metrics
 from api.service.schedulers import check_name
+from api.service.tracing import open_tracing
 from api.service.upload import upload
 from api.service.usage import Usage
+from api.service.watch import Watch
 from api.service.webhooks import Webhooks
 from api.service.webhooks_init import tell_start
 from api.settings import Settings
@@ -69,6 +72,8 @@ class Service:
         SettingsError: what is said of keys or addresses cannot be used.
     """
 
+    watch = Watch()
+
     def __init__(self, settings: Settings) -> None:
         check_name(settings.scheduler)
         Reach.of(settings)
@@ -84,6 +89,9 @@ class Service:
         self._admission = Admission(settings, self.library, self.fetcher, has_gpu)
         self.webhooks = Webhooks(settings)
         self.later = Later(settings, self, self.limits)
+        self.watch = Watch(Metrics(self), open_tracing())
+        self.dispatcher.watch = self.fetcher.watch = self.later.watch = self.later.ledger.watch = self.watch
+        self.webhooks.watch = self.watch
         self._to_fetch = [ref for ref in self._admission.default_refs() if not self._warm(ref, self.library.find(ref))]
         self._fetching: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
@@ -130,6 +138,7 @@ class Service:
         await self.later.stop()
         await self.webhooks.stop()
         await self.usage.stop()
+        await self.watch.close()
 
     async def admit(
         self,
@@ -150,8 +159,9 @@ class Service:
         patience = patience or self.settings.request_timeout
         self.dispatcher.expected += 1
         try:
-            async with asyncio.timeout(patience):
-                return await self._admission.admit(request_id, model_inputs, call_inputs, on_event)
+            with self.watch.admission(on_event) as told:
+                async with asyncio.timeout(patience):
+                    return await self._admission.admit(request_id, model_inputs, call_inputs, told)
         except TimeoutError:
             message = (
                 f"The model was not here within {patience:g} s. "
@@ -207,7 +217,10 @@ class Service:
             ApiError: the queue is full, or the server cannot run jobs.
         """
         patience, destinations = self.settings.request_timeout, admitted.destinations
+        if trace := self.watch.trace(admitted.request):
+            on_event = trace.reading(on_event)
         job = Job(admitted.request, on_event, admitted.timings, patience, destinations, owner)
+        job.trace = trace
         self.dispatcher.submit(job)
         return job
 
@@ -238,6 +251,7 @@ class Service:
         self, job: Job, from_start: bool, on_upload: Callable[[Transfer], None] | None
     ) -> GenerationResult:
         limit = self.settings.request_timeout
+        job.for_later = from_start
         try:
             result = await self._in_time(job, limit, from_start)
         except TimeoutError:
@@ -245,7 +259,7 @@ class Service:
             self.dispatcher.cancel(job, error)
             raise error from None
         except asyncio.CancelledError:
-            log.info("nobody waits for the job any more; it is cancelled", extra={"request_id": job.request.request_id})
+            log.info("nobody waits for the job any more; it is cancelled", extra=job.about)
             self.dispatcher.cancel(job, ApiError("CANCELLED", "The client went away."))
             raise
         self.fetcher.upload_after_use(Path(job.request.model.folder), on_upload)
@@ -255,7 +269,8 @@ class Service:
         """The same with links in the place of images."""
         began = time.perf_counter()
         content_type = IMAGE_FORMATS[job.request.image_format].content_type
-        urls = await upload(job.destinations, result.images, content_type, self.settings)
+        with self.watch.upload():
+            urls = await upload(job.destinations, result.images, content_type, self.settings)
         timings = {**result.timings, "upload": round((time.perf_counter() - began) * 1000)}
         return msgspec.structs.replace(result, images=[], urls=urls, timings=timings)
 

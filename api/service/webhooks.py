@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from api.errors import ApiError
+from api.service.watch import Watch
 from api.service.webhooks_delivery import Delivery, Outcome
 from api.service.webhooks_hook import Hook
 from api.service.webhooks_lines import Lines, Waiting
@@ -57,6 +58,9 @@ class Webhooks:
         send: sends one once; a ``Delivery`` unless told.
         clock: seconds since the epoch.
         draw: a number between two.
+
+    Attributes:
+        watch: told of each time that one was sent.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class Webhooks:
         self._sending: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopped = False
+        self._over = {"failed": 0, "delivered": 0}
+        self.watch = Watch()
 
     def open(self) -> None:
         """Take STATE_DIR/webhooks for this process.
@@ -140,7 +146,10 @@ class Webhooks:
             return None
         if payload is None:
             payload = {"startRequestId": named if isinstance(named, str) else None, **({"jobId": job} if job else {})}
-        return Hook(self, url, key, payload, job or secrets.token_hex(8), owner, self._settings.container_id)
+        if not job:
+            job = secrets.token_hex(8)
+            self.watch.hooked(job)
+        return Hook(self, url, key, payload, job, owner, self._settings.container_id)
 
     async def post(self, url: str, body: bytes, *, job: str, kind: str, sign_key: str = "", owner: str = "") -> None:
         """Send a body, once those of the same job to the same receiver that came before have arrived.
@@ -175,6 +184,10 @@ class Webhooks:
         self._unwritten.append(unwritten)
         self._to_write.set()
         return unwritten.stored
+
+    def counts(self) -> dict[str, int]:
+        """How many wait (``pending``), and since the start were given up (``failed``) or have arrived (``delivered``)."""
+        return {"pending": len(self._unwritten) + self._writing + self._lines.total(), **self._over}
 
     def behind(self, url: str, job: str) -> int:
         """How many of a job's webhooks wait."""
@@ -263,6 +276,7 @@ class Webhooks:
         if self._lines.waiting(new.url) < _MOST:
             return new
         log.warning("a webhook of %s was given up: %d wait for %s", new.job, _MOST, _host(new.url))
+        self._over["failed"] += 1
         return new._replace(refused=f"{_MOST} others wait for this receiver")
 
     async def _send_all(self) -> None:
@@ -296,9 +310,13 @@ class Webhooks:
 
     async def _one(self, event: Waiting) -> None:
         """Send one once, and note what became of it."""
+        began = time.perf_counter()
         outcome = await self._try(event)
+        arrived, took = not outcome.error, time.perf_counter() - began
+        self.watch.webhook(event.job, took, arrived=arrived, attempt=event.tries + 1)
         now = self._clock()
-        if not outcome.error:
+        if arrived:
+            self._over["delivered"] += 1
             # written ahead of the next one of its line: else a start might send this one again after that
             await self._note(self._outbox.arrived, event.number)
             self._lines.arrived(event, now)
@@ -326,6 +344,7 @@ class Webhooks:
             return Outcome(f"unexpected: {type(fault).__name__}")
 
     async def _give_up(self, events: list[Waiting], error: str, now: float) -> None:
+        self._over["failed"] += len(events)
         for event in events:
             told = (event.id, _host(event.url), event.tries, error)
             log.warning("webhook %s to %s was given up after %d tries: %s", *told)

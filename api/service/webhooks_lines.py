@@ -217,6 +217,10 @@ class Lines:
         receiver = self._receivers.get(_name(url))
         return receiver.waiting if receiver else 0
 
+    def total(self) -> int:
+        """How many wait, for all receivers."""
+        return sum(receiver.waiting for receiver in self._receivers.values())
+
     def behind(self, url: str, job: str) -> int:
         """How many of one job wait."""
         receiver = self._receivers.get(_name(url))

@@ -60,3 +60,12 @@ def test_json_lines_carry_the_request_id_and_stay_one_line() -> None:
 
 def test_text_lines_carry_the_request_id() -> None:
     assert _Formatter(False, Redactor({})).format(record("hello", request_id="abc")).endswith("hello [abc]")
+
+
+def test_json_lines_carry_what_is_known_of_a_job_without_secrets() -> None:
+    known = {"job_id": "j", "model": "https://me:pass@host/x", "owner": "", "timings": {"queue": 3, "inference": 20}}
+    fields = json.loads(_Formatter(True, Redactor({})).format(record("job done", request_id="abc", **known)))
+    assert fields["job_id"] == "j"
+    assert fields["timings"] == {"queue": 3, "inference": 20}
+    assert "pass" not in fields["model"]
+    assert "owner" not in fields

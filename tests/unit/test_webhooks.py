@@ -109,6 +109,7 @@ async def test_what_was_posted_arrives_in_order(make: Make, receiver: Receiver) 
     for job in (0, 1):
         assert [body["n"] for body in receiver.bodies if body["n"] % 2 == job] == list(range(job, 10, 2))
     assert await webhooks.listed(None, "", 100) == []
+    assert webhooks.counts() == {"pending": 0, "failed": 0, "delivered": 10}
 
 
 async def test_an_id_is_the_same_at_every_try_and_the_timestamp_is_not(
@@ -147,6 +148,7 @@ async def test_one_that_is_given_up_is_listed_and_can_be_sent_again(
         webhooks._wake.set()
     failed = await webhooks.listed("failed", "ann", 10)
     assert [(one.tries, one.error) for one in failed] == [(2, "it answered 500")] * 2
+    assert webhooks.counts() == {"pending": 0, "failed": 2, "delivered": 0}
     assert await webhooks.listed("waiting", "ann", 10) == []
     assert await webhooks.listed("failed", "bob", 10) == []
     with pytest.raises(ApiError, match="no such webhook"):

@@ -1,0 +1,25 @@
+"""What monitoring reads: ``GET /metrics``."""
+
+from __future__ import annotations
+
+from sanic import Request, Sanic
+from sanic.response import HTTPResponse
+
+from api.service.service import Service
+
+
+def register(app: Sanic) -> None:
+    """Add the route."""
+    app.add_route(metrics, "/metrics", methods=["GET"])
+
+
+async def metrics(request: Request) -> HTTPResponse:
+    """All metrics, in Prometheus' text format, or as OpenMetrics where ``Accept`` asks for it.
+
+    https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+    service: Service = request.app.ctx.service
+    assert service.watch.metrics
+    await service.watch.metrics.look()
+    body, content_type = service.watch.metrics.exposition(request.headers.get("accept", ""))
+    return HTTPResponse(body, content_type=content_type)

@@ -1,0 +1,36 @@
+"""The Sanic app whose requests are traced from their first byte to their last."""
+
+from __future__ import annotations
+
+import re
+
+from sanic import Request, Sanic
+
+from api.service.watch import Watch
+
+_CLOSED = 499
+"""Status where the client went away before there was an answer; as nginx has it."""
+_PARAMETER = re.compile(r"<(?:__\w+__)?(\w+)(?::[^>]+)?>")
+
+
+def route_of(request: Request) -> str | None:
+    """The pattern of a request's route, such as ``/jobs/{id}``; None where there is none."""
+    return _PARAMETER.sub(r"{\1}", request.uri_template) if request.route else None
+
+
+class Observed(Sanic):
+    """As Sanic; a stream's request is over when its last line is sent."""
+
+    async def handle_request(self, request: Request) -> None:
+        """Answer one request, within its span where requests are traced."""
+        watch: Watch = self.ctx.service.watch
+        if watch.tracing is None:
+            await super().handle_request(request)
+            return
+        with watch.tracing.request(request.method, request.headers) as span:
+            try:
+                await super().handle_request(request)
+            finally:
+                known = {name: getattr(request.ctx, name, "") for name in ("id", "owner", "error")}
+                status = getattr(request.ctx, "status", _CLOSED)
+                watch.tracing.answered(span, request.method, route_of(request), status, **known)
