@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
@@ -337,3 +338,10 @@ def test_the_dashboard_can_be_imported() -> None:
     cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
     assert len(cells) == len(set(cells))  # none lies over another
     assert max(x for x, _ in cells) < 24
+
+
+def test_the_scrape_configuration_asks_the_route_that_there_is() -> None:
+    config = yaml.safe_load((DASHBOARD.parent / "prometheus.yml").read_text())
+    (scrape,) = config["scrape_configs"]
+    assert scrape["metrics_path"] == "/metrics"
+    assert scrape["authorization"]["type"] == "Bearer"

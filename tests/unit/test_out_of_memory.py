@@ -112,6 +112,7 @@ def test_what_does_not_fit_is_tiled_and_says_so(
     before = it.allocator.live
     with caplog.at_level(logging.INFO, "api.engine"):
         done = it.generate(a_request(models[0], side=256))
+    assert it.engine.tally.counts().shortages == {"evict": 1, "alone": 1, "lower_placement": 1}
     assert np.array_equal(done.images, tiled.images)
     assert (done.meta["placement"], done.meta["numerics"]) == ("tiled", "cpu/float32/sdpa/eager/tiled")
     assert "decode of tiny/0 at 256x256 does not fit as full: tiled from now on" in caplog.text
