@@ -186,7 +186,7 @@ class Webhooks:
         return unwritten.stored
 
     def counts(self) -> dict[str, int]:
-        """How many wait (``pending``), and since the start were given up (``failed``) or have arrived (``delivered``)."""
+        """How many wait (``pending``), or since the start were given up (``failed``) or arrived (``delivered``)."""
         return {"pending": len(self._unwritten) + self._writing + self._lines.total(), **self._over}
 
     def behind(self, url: str, job: str) -> int:
