@@ -24,14 +24,13 @@ from api.http import (
     schedulers,
     usage,
     webhooks,
-)  # fmt: skip
-from api.http.observed import Observed, route_of
+)
+from api.http.observed import Observed, is_probe, route_of
 from api.service.service import Service
 
 log = logging.getLogger("api.http")
 
 _CLIENT_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
-_QUIET = frozenset({"/healthcheck", "/ping", "/metrics"})
 
 
 def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
@@ -81,10 +80,9 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
         request_id = getattr(request.ctx, "id", None) or secrets.token_hex(8)
         response.headers["X-Request-Id"] = request_id
         request.ctx.status = response.status
-        quiet = request.path in _QUIET or request.path.startswith("/health/")
         took = (time.perf_counter() - getattr(request.ctx, "began", time.perf_counter())) * 1000
         log.log(
-            logging.DEBUG if quiet else logging.INFO,
+            logging.DEBUG if is_probe(request) else logging.INFO,
             "%s %s %d in %.1f ms",
             request.method,
             request.path,

@@ -13,6 +13,14 @@ _CLOSED = 499
 _PARAMETER = re.compile(r"<(?:__\w+__)?(\w+)(?::[^>]+)?>")
 
 
+_PROBES = frozenset({"/healthcheck", "/ping", "/metrics"})
+
+
+def is_probe(request: Request) -> bool:
+    """Whether a request comes again and again, of machines that watch: nobody reads of each."""
+    return request.path in _PROBES or request.path.startswith("/health/")
+
+
 def route_of(request: Request) -> str | None:
     """The pattern of a request's route, such as ``/jobs/{id}``; None where there is none."""
     return _PARAMETER.sub(r"{\1}", request.uri_template) if request.route else None
@@ -24,7 +32,7 @@ class Observed(Sanic):
     async def handle_request(self, request: Request) -> None:
         """Answer one request, within its span where requests are traced."""
         watch: Watch = self.ctx.service.watch
-        if watch.tracing is None:
+        if watch.tracing is None or is_probe(request):
             await super().handle_request(request)
             return
         with watch.tracing.request(request.method, request.headers) as span:

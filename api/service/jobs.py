@@ -64,6 +64,7 @@ class Job:
         begun: when a worker began with it for the first time.
         for_later: no client waits for it on a connection.
         trace: the spans of its phases, where requests are traced.
+        name: its id in the log.
 
     Raises:
         ApiError: INVALID_INPUTS when an input cannot be handed to a worker.
@@ -93,6 +94,7 @@ class Job:
         self.begun: float | None = None
         self.for_later = False
         self.trace: JobTrace | None = None
+        self.name = request.id
         self._on_event = on_event
         self._outcome: asyncio.Future[GenerationResult] = asyncio.get_running_loop().create_future()
 
@@ -119,7 +121,7 @@ class Job:
         request, owner = self.request, getattr(self, "owner", "")
         return {
             "request_id": request.request_id,
-            "job_id": request.id,
+            "job_id": self.name,
             "model": request.model.model_id,
             "owner": owner,
         }

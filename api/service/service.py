@@ -220,7 +220,7 @@ class Service:
         if trace := self.watch.trace(admitted.request):
             on_event = trace.reading(on_event)
         job = Job(admitted.request, on_event, admitted.timings, patience, destinations, owner)
-        job.trace = trace
+        job.trace, job.name = trace, self.watch.name_of(admitted.request)
         self.dispatcher.submit(job)
         return job
 

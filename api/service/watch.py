@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from api.errors import ApiError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _REMEMBERED = 10_000
 """Jobs for later whose time of acceptance is known; the store may hold more."""
 _GIVEN_UP = ("CANCELLED", "NOT_READY")
+_TURN: ContextVar[str] = ContextVar("turn", default="")
+"""The job for later that the current task runs."""
 
 
 class Watch:
@@ -74,6 +77,10 @@ class Watch:
         """The spans of a request that stands in line for a worker from now on."""
         return self.tracing.job(request) if self.tracing else None
 
+    def name_of(self, request: GenerationRequest) -> str:
+        """What a job is called in the log: as clients know it where it is one for later."""
+        return _TURN.get() or request.id
+
     @contextlib.contextmanager
     def upload(self) -> Iterator[None]:
         """Images are put elsewhere within the block."""
@@ -102,6 +109,7 @@ class Watch:
 
     def turn(self, job_id: str) -> None:
         """It is a job's turn, in the task that runs it. Since when a job of an earlier process waits is not known."""
+        _TURN.set(job_id)
         since = self._accepted.pop(job_id, None)
         if self.metrics and since is not None:
             self.metrics.waited("later", time.monotonic() - since)

@@ -65,7 +65,7 @@ def _end_if_lost(fault: BaseException) -> None:
 
 def _about(request: GenerationRequest) -> dict[str, str]:
     """What lines of the log say of a request."""
-    return {"request_id": request.request_id, "job_id": request.id, "model": request.model.model_id}
+    return {"request_id": request.request_id, "model": request.model.model_id}
 
 
 def _at_once(call: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:

@@ -165,7 +165,9 @@ async def test_the_end_of_a_job_is_in_the_log_with_its_timings(
         it.played.fails.add("bad")
         answer = await it.post("x")
         refused = await it.post("bad")
-    (done,) = [record for record in caplog.records if record.message.startswith("job done")]
+        later = (await it.client.post("/jobs", json={"modelInputs": {"prompt": "y"}})).json()["id"]
+        await it.until_over(later)
+    done, of_later = [record for record in caplog.records if record.message.startswith("job done")]
     assert done.request_id == answer.headers["x-request-id"]  # type: ignore[attr-defined]
     assert done.model == "demo/shapes"  # type: ignore[attr-defined]
     assert done.job_id == it.played.requests[0].id  # type: ignore[attr-defined]
@@ -175,6 +177,7 @@ async def test_the_end_of_a_job_is_in_the_log_with_its_timings(
     (failed,) = [record for record in caplog.records if record.message.startswith("job failed")]
     assert failed.request_id == refused.headers["x-request-id"]  # type: ignore[attr-defined]
     assert failed.job_id == it.played.requests[1].id  # type: ignore[attr-defined]
+    assert of_later.job_id == later  # type: ignore[attr-defined]
 
 
 async def test_jobs_that_are_not_over_are_told_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

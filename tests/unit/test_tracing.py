@@ -123,6 +123,12 @@ async def test_a_trace_that_a_client_began_goes_on(traced: Traced) -> None:
     assert other.parent is None
 
 
+async def test_who_only_asks_how_it_is_is_not_traced(traced: Traced) -> None:
+    for path in ("/ping", "/health/live", "/health/ready", "/healthcheck", "/metrics", "/schedulers"):
+        await traced.it.client.get(path)
+    assert [span.name for span in await traced.ended("GET /schedulers")] == ["GET /schedulers"]
+
+
 async def test_a_stream_lasts_to_its_last_line(traced: Traced) -> None:
     await traced.it.post("x", {"streamEvents": True})
     spans = await traced.ended("POST /")
