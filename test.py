@@ -5,9 +5,13 @@
     python test.py txt2img img2img      some of it
     python test.py all                  all that the bundled model can do, against TEST_URL (default
                                         http://localhost:8000/)
-    python test.py --runpod txt2img     against a RunPod endpoint (RUNPOD_API_KEY, RUNPOD_MODEL_KEY)
+    python test.py --runpod txt2img     against a RunPod endpoint: RUNPOD_API_KEY is your key, RUNPOD_MODEL_KEY
+                                        the endpoint's id; RUNPOD_API_URL=http://localhost:8000/v2 is this server
+    python test.py --stream txt2img     watch it; nothing cuts a connection on which something comes
+    python test.py --repeat 20 --concurrency 4 txt2img
+                                        how fast it is: p50, p95, requests and images a second
 
-Needs nothing but Python. Exits non-zero when a request fails.
+Needs nothing but Python. Exits non-zero when a request fails; Ctrl-C cancels what runs.
 """
 
 from __future__ import annotations
@@ -17,18 +21,23 @@ import base64
 import contextlib
 import http.client
 import json
+import math
 import os
+import random
+import secrets
+import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE / "tests" / "fixtures"
-POLL = 0.5
 
 Json = dict[str, Any]
 TESTS: dict[str, Callable[[], Json]] = {}
@@ -191,17 +200,131 @@ def ip_adapter() -> Json:
     }
 
 
-def send(url: str, body: Json, headers: dict[str, str] | None = None) -> tuple[int, Json]:
-    """POST (or GET, without a body) JSON; returns the status and the answer, whatever the status is."""
-    data = json.dumps(body).encode() if body else None
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
+class Failed(Exception):
+    """A request that did not end in an answer: a code, what happened, and what to do about it."""
+
+    def __init__(self, code: str, message: str, hint: str = "", answer: Json | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.hint = hint
+        self.answer = answer
+
+
+class Stopped(Exception):
+    """``stop`` was set: Ctrl-C, or SIGTERM."""
+
+
+# --- HTTP ---------------------------------------------------------------------------------------------
+
+
+class Where(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key would go along, to whoever is named there."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Leave it as the error that it is."""
+        return
+
+
+class Http:
+    """Sends JSON to one server.
+
+    Args:
+        url: its address, with whatever path it is below.
+        key: of the server; empty: none.
+    """
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url = url.rstrip("/")
+        # Cloudflare, which is before RunPod's pods, refuses the name that urllib gives itself
+        self.headers = {"Content-Type": "application/json", "User-Agent": "diffusers-api-test"}
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self._opener = urllib.request.build_opener(Where)
+
+    def open(self, method: str, path: str, body: Json | None, timeout: float, headers: dict[str, str]) -> Any:
+        """The answer, to be read; raises ``HTTPError`` where its status is none of success."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {**self.headers, **headers}, method=method)
+        return self._opener.open(request, timeout=timeout)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        timeout: float = 30,
+        headers: dict[str, str] | None = None,
+    ) -> Json:
+        """Send, and read the answer.
+
+        Raises:
+            Failed: it is no success.
+        """
+        with self.faults(path), self.open(method, path, body, timeout, headers or {}) as response:
+            return parse(response.read())
+
+    @contextlib.contextmanager
+    def faults(self, path: str) -> Iterator[None]:
+        """Turn what goes wrong into ``Failed``."""
+        try:
+            yield
+        except urllib.error.HTTPError as error:
+            raise refused(error, self.url + path) from error
+        except http.client.HTTPException as fault:
+            raise Failed("BROKEN_OFF", f"The answer of {self.url} broke off: {fault!r}.", LATER_HINT) from fault
+        except OSError as fault:
+            why = getattr(fault, "reason", fault)
+            if isinstance(why, TimeoutError):
+                raise Failed("TIMED_OUT", f"{self.url} did not answer in time.", LATER_HINT) from fault
+            hint = "Is the server running? Start it with scripts/serve; --url or TEST_URL says where it is."
+            raise Failed("NO_ANSWER", f"{self.url} does not answer: {why}.", hint) from fault
+
+    def patiently(self, method: str, path: str, stop: threading.Event) -> Json:
+        """The same, tried again for a minute where it may pass: the job runs, whoever looks at it.
+
+        Raises:
+            Failed: it does not pass.
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self.call(method, path)
+            except Failed as fault:
+                passing = fault.code in PASSING
+                if not passing or time.monotonic() > end or stop.wait(1):
+                    raise
+
+
+LATER_HINT = "A proxy may cut connections that last: --stream or --async keeps clear of that."
+PATIENCE = 60.0
+"""Seconds for which a job that runs is asked for in vain."""
+PASSING = ("NO_ANSWER", "BROKEN_OFF", "TIMED_OUT", "NOT_READY", "429", "500", "502", "503", "504", "524")
+HINTS = {
+    401: "The key is missing or wrong: --key, or API_KEY (with --runpod: RUNPOD_API_KEY).",
+    403: "The key may not do this, or something before the server refused the request.",
+    413: "Send less: smaller pictures, or URLs with callInputs.is_url.",
+    429: "The server, or the platform, has too much to do: try again later, or with a lower --concurrency.",
+    502: "Nobody listens behind the proxy yet: the container may still be starting.",
+    504: LATER_HINT,
+    524: "The proxy waited 100 seconds for an answer: --stream or --async keeps clear of that.",
+}
+
+
+def refused(error: urllib.error.HTTPError, url: str) -> Failed:
+    """What an answer that is no success says."""
+    if error.code in (301, 302, 303, 307, 308):
+        to = error.headers.get("Location", "")
+        return Failed(str(error.code), f"{url} leads to {to}.", "Name that address itself: keys are not sent on.")
     try:
-        with urllib.request.urlopen(request, timeout=900) as response:
-            return response.status, parse(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, parse(error.read())
-    except http.client.HTTPException as fault:
-        raise OSError(f"the answer broke off ({fault})") from fault
+        answer = parse(error.read())
+    except (OSError, http.client.HTTPException):
+        answer = {}
+    told = answer.get("$error") or answer.get("error") or answer.get("message") or answer.get("detail") or error.reason
+    own = isinstance(told, dict) and "$error" in answer and told.get("code") != "NOT_JSON"
+    message = str(told.get("message", told)) if isinstance(told, dict) else str(told)
+    hint = HINTS.get(error.code, "") if not own or error.code in (401, 429) else ""
+    code = str(told.get("code")) if own and isinstance(told, dict) else str(error.code)
+    return Failed(code, message, hint, {**answer, "status": error.code})
 
 
 def parse(data: bytes) -> Json:
@@ -213,22 +336,194 @@ def parse(data: bytes) -> Json:
     return {"$error": {"code": "NOT_JSON", "message": data[:500].decode(errors="replace")}}
 
 
-def send_runpod(body: Json) -> tuple[int, Json]:
-    """Run a job on a RunPod endpoint and wait for it."""
-    base = os.environ.get("RUNPOD_API_URL", "https://api.runpod.ai/v2").rstrip("/")
-    base += "/" + os.environ["RUNPOD_MODEL_KEY"]
-    headers = {"Authorization": f"Bearer {os.environ['RUNPOD_API_KEY']}"}
-    status, job = send(f"{base}/run", {"input": body}, headers)
-    print(f"<Response [{status}]>\n{json.dumps(job)}")
-    wait = POLL
-    while status == 200 and job.get("status") in ("IN_QUEUE", "IN_PROGRESS"):
-        time.sleep(wait)
-        wait = min(wait * 1.2, 5)
-        status, job = send(f"{base}/status/{job['id']}", {}, headers)
-    if job.get("status") == "COMPLETED":
-        output: Json = job["output"]
-        return status, output
-    return status, {"$error": {"code": job.get("status", "FAILED"), "message": job.get("error", str(job))}}
+# --- the two kinds of server --------------------------------------------------------------------------
+
+
+class Native:
+    """A server of this project, through its own dialect.
+
+    Args:
+        http: to be sent through.
+        how: ``plain``, ``stream`` or ``async``.
+        limit: seconds that a request may take.
+        stop: set when everything is to end.
+    """
+
+    def __init__(self, http: Http, how: str, limit: float, stop: threading.Event) -> None:
+        self.http, self.how, self.limit, self.stop = http, how, limit, stop
+
+    def run(self, body: Json, tell: Callable[[str], None]) -> Json:
+        """The answer to one request.
+
+        Raises:
+            Failed, Stopped: there is none.
+        """
+        if self.how == "stream":
+            return self._stream(body, tell)
+        answer = self._later(body, tell) if self.how == "async" else self.http.call("POST", "/", body, self.limit)
+        return succeeded(answer)
+
+    def _stream(self, body: Json, tell: Callable[[str], None]) -> Json:
+        body = {**body, "callInputs": {**body["callInputs"], "streamEvents": True}}
+        with self.http.faults("/"), self.http.open("POST", "/", body, self.limit, {}) as response:
+            for line in response:
+                if self.stop.is_set():
+                    raise Stopped  # the connection goes with it, and the server ends what nobody waits for
+                event = parse(line)
+                if "$timings" in event or "$error" in event:
+                    return succeeded(event)
+                tell(progress(event))
+        raise Failed("BROKEN_OFF", "The stream ended without an answer.", "The log of the server says why.")
+
+    def _later(self, body: Json, tell: Callable[[str], None]) -> Json:
+        # the key makes it safe to send it twice
+        job = self.http.call("POST", "/jobs", body, headers={"Idempotency-Key": secrets.token_hex(16)})
+        path = f"/jobs/{job['id']}"
+        wait = Wait(self.limit, self.stop)
+        while job["state"] in ("IN_QUEUE", "IN_PROGRESS"):
+            tell(f"{job['state']} {progress(job.get('progress'))}".rstrip())
+            try:
+                wait.wait()
+                job = self.http.patiently("GET", path, self.stop)
+            except (Stopped, Failed):
+                cancel(lambda: self.http.call("DELETE", path))
+                raise
+        if job["state"] != "COMPLETED":
+            error = job.get("$error", {})
+            raise Failed(error.get("code", job["state"]), error.get("message", f"It is {job['state']}."), answer=job)
+        return {**job["result"], "job": {key: job.get("timings", {}).get(key) for key in ("queued", "running")}}
+
+
+class RunPod:
+    """An endpoint of RunPod, or this server under ``/v2``.
+
+    Args:
+        http: to be sent through.
+        how: ``stream`` reads ``/stream``; anything else polls ``/status``.
+        limit: seconds that a request may take.
+        stop: set when everything is to end.
+    """
+
+    def __init__(self, http: Http, how: str, limit: float, stop: threading.Event) -> None:
+        self.http, self.how, self.limit, self.stop = http, how, limit, stop
+
+    def run(self, body: Json, tell: Callable[[str], None]) -> Json:
+        """The output of one job.
+
+        Raises:
+            Failed, Stopped: there is none.
+        """
+        try:
+            job = self.http.call("POST", "/run", {"input": body})
+        except Failed as fault:
+            if fault.answer and fault.answer.get("status") == 404:
+                fault.hint = f"There is no endpoint {self.http.url}: RUNPOD_MODEL_KEY is the id below its name."
+            raise
+        if "id" not in job:
+            raise Failed("NOT_RUNPOD", f"{self.http.url}/run gave no job id.", "Check RUNPOD_API_URL.", job)
+        tell(f"{job.get('status')} (job {job['id']})")
+        wait, id, last = Wait(self.limit, self.stop), job["id"], None
+        try:
+            while job.get("status") in ("IN_QUEUE", "IN_PROGRESS"):
+                wait.wait()
+                route = "stream" if self.how == "stream" else "status"
+                job = self.http.patiently("GET", f"/{route}/{id}", self.stop)
+                chunks = [chunk.get("output") for chunk in job.get("stream", [])] or [job.get("output")]
+                for chunk in chunks:
+                    tell(f"{job.get('status')} {progress(chunk)}".rstrip())
+                last = next((chunk for chunk in chunks if isinstance(chunk, dict) and has_images(chunk)), last)
+            if self.how == "stream":
+                job = self.http.patiently("GET", f"/status/{id}", self.stop)
+        except (Stopped, Failed) as fault:
+            if isinstance(fault, Failed) and fault.answer and fault.answer.get("status") == 404:
+                fault.hint = "The job is not known any more: results are kept for 30 minutes at most."
+            else:
+                cancel(lambda: self.http.call("POST", f"/cancel/{id}"))
+            raise
+        return self._output(job, last)
+
+    def _output(self, job: Json, streamed: Json | None) -> Json:
+        status, output = job.get("status"), job.get("output")
+        if isinstance(output, list):  # what a worker streamed, collected
+            output = next((one for one in reversed(output) if isinstance(one, dict) and has_images(one)), streamed)
+        if status != "COMPLETED":
+            raise Failed(str(status or "FAILED"), reason(job.get("error") or output), RUNPOD_HINTS.get(str(status), ""))
+        output = output or streamed
+        if not isinstance(output, dict):
+            raise Failed("NO_OUTPUT", f"The job is COMPLETED without an output: {shorten(job)}", RUNPOD_HINTS["FAILED"])
+        if output.get("error"):
+            raise Failed("FAILED", reason(output["error"]), RUNPOD_HINTS["FAILED"], output)
+        return {**succeeded(output), "job": {"queued": job.get("delayTime"), "running": job.get("executionTime")}}
+
+
+RUNPOD_HINTS = {
+    "FAILED": "The logs of the endpoint's workers say more.",
+    "TIMED_OUT": "It waited longer than its ttl, or ran longer than the endpoint's execution timeout.",
+    "CANCELLED": "Somebody else cancelled it, or purged the queue.",
+}
+
+
+def succeeded(answer: Json) -> Json:
+    """An answer that is no error.
+
+    Raises:
+        Failed: it is one; with ``LEGACY_STATUS`` also one of status 200.
+    """
+    if error := answer.get("$error"):
+        raise Failed(str(error.get("code", "FAILED")), str(error.get("message", error)), answer=answer)
+    return answer
+
+
+def reason(error: Any) -> str:
+    """Why a job failed, in the words of the worker: a text, or what its SDK makes of an exception."""
+    with contextlib.suppress(ValueError, TypeError):
+        error = json.loads(error)
+    if isinstance(error, dict):
+        inner = error.get("$error") or error.get("error_message") or error.get("message") or error.get("error")
+        return reason(inner) if inner else json.dumps(error)
+    return str(error) if error else "It says nothing about why."
+
+
+def cancel(how: Callable[[], Json]) -> None:
+    """Cancel a job that nobody waits for any more, if that is still possible."""
+    with contextlib.suppress(Failed):
+        how()
+
+
+class Wait:
+    """Waits between two looks at a job, longer and longer: a tenth of the time so far, a fifth of a second to five."""
+
+    def __init__(self, limit: float, stop: threading.Event) -> None:
+        self._began, self._limit, self._stop = time.monotonic(), limit, stop
+
+    def wait(self) -> None:
+        """Wait.
+
+        Raises:
+            Stopped: it is over.
+            Failed: TIMED_OUT.
+        """
+        passed = time.monotonic() - self._began
+        if passed > self._limit:
+            hint = "--timeout says how long is waited; the job was cancelled."
+            raise Failed("TIMED_OUT", f"It was not done in {self._limit:.0f} s.", hint)
+        if self._stop.wait(min(5.0, max(0.2, passed / 10)) * random.uniform(0.9, 1.1)):  # noqa: S311
+            raise Stopped
+
+
+def progress(event: Any) -> str:
+    """How far a job is, as people read it."""
+    if not isinstance(event, dict):
+        return event if isinstance(event, str) and len(event) < 200 else ""
+    if isinstance(event.get("progress"), dict):
+        event = event["progress"]
+    if event.get("total"):
+        eta = f", {event['eta']:.1f}s to go" if event.get("eta") is not None else ""
+        return f"step {event.get('step')} of {event['total']}{eta}"
+    return " ".join(str(event[key]) for key in ("type", "status") if event.get(key))
+
+
+# --- what is shown ------------------------------------------------------------------------------------
 
 
 def describe_image(data: bytes) -> str:
@@ -239,36 +534,42 @@ def describe_image(data: bytes) -> str:
     return f"[image, {len(data) / 1024:.1f}KiB bytes]"
 
 
-def save_images(name: str, answer: Json, folder: Path) -> Json:
-    """Save the images of an answer; returns the answer with the images described instead."""
-    shown = dict(answer)
-    single = answer.get("image_base64")
-    images = [single] if single else answer.get("images_base64", [])
+SINGLE, SEVERAL = ("image_base64", "image"), ("images_base64", "images")
+"""Names of images in answers: native ones, and the output of the simple form of RunPod's input."""
+
+
+def has_images(answer: Json) -> bool:
+    """Whether this is an answer, and no progress."""
+    return any(key in answer for key in (*SINGLE, *SEVERAL, "image_url", "image_urls", "$error", "error"))
+
+
+def save_images(name: str, answer: Json, folder: Path) -> tuple[list[Path], Json]:
+    """Save the images of an answer; where, and the answer with the images described instead."""
+    shown, paths = dict(answer), []
     suffixes = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif", "JXL": "jxl"}
     suffix = suffixes.get(answer.get("$meta", {}).get("image_format"), "png")
-    described = []
     folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        data = base64.b64decode(image)
-        path = folder / (f"{name}.{suffix}" if single else f"{name}_{index}.{suffix}")
-        path.write_bytes(data)
-        print(f"Saved {path}")
-        described.append(describe_image(data))
-    if single:
-        shown["image_base64"] = described[0]
-    elif described:
-        shown["images_base64"] = described
+    for key in (*SINGLE, *SEVERAL):
+        found = answer.get(key)
+        images = [found] if isinstance(found, str) else found or []
+        described = []
+        for index, image in enumerate(images):
+            data = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image)
+            paths.append(folder / (f"{name}.{suffix}" if key in SINGLE else f"{name}_{index}.{suffix}"))
+            paths[-1].write_bytes(data)
+            described.append(describe_image(data))
+        if described:
+            shown[key] = described[0] if key in SINGLE else described
     if "latents_base64" in answer:
-        path = folder / f"{name}.safetensors"
-        path.write_bytes(base64.b64decode(answer["latents_base64"]))
-        print(f"Saved {path}")
+        paths.append(folder / f"{name}.safetensors")
+        paths[-1].write_bytes(base64.b64decode(answer["latents_base64"]))
         shown["latents_base64"] = "[latents]"
-    return shown
+    return paths, shown
 
 
 def seconds(timings: Json) -> str:
     """Timings as people read them: ``inference: 2.4s``."""
-    shown = [f"{name}: {ms / 1000:.1f}s" for name, ms in timings.items() if ms >= 50 or name == "inference"]
+    shown = [f"{name}: {ms / 1000:.1f}s" for name, ms in timings.items() if ms and (ms >= 50 or name == "inference")]
     return ", ".join(shown)
 
 
@@ -279,31 +580,204 @@ def shorten(value: Any) -> Any:
     return f"{value[:40]}… ({len(value)} characters)" if isinstance(value, str) and len(value) > 400 else value
 
 
-def run(name: str, args: argparse.Namespace) -> bool:
-    """Run one example; whether it succeeded."""
-    body = TESTS[name]()
+def percentile(sorted_values: list[float], percent: float) -> float:
+    """The smallest value that so many percent of them do not exceed (nearest rank)."""
+    return sorted_values[max(0, math.ceil(percent / 100 * len(sorted_values)) - 1)]
+
+
+@dataclass
+class Outcome:
+    """How one request ended; ``took`` is what the client waited, in seconds."""
+
+    name: str
+    number: int
+    took: float = 0.0
+    images: int = 0
+    files: list[Path] = field(default_factory=list)
+    timings: Json = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
+    error: Failed | None = None
+
+    def as_json(self) -> Json:
+        """For ``--json``."""
+        body: Json = {"name": self.name, "run": self.number, "ok": self.error is None, "seconds": round(self.took, 3)}
+        if self.error is not None:
+            told = {"code": self.error.code, "message": str(self.error), "hint": self.error.hint}
+            return {**body, "error": {key: value for key, value in told.items() if value}}
+        files = [str(path) for path in self.files]
+        return {**body, "images": self.images, "files": files, "timings": self.timings, "meta": self.meta}
+
+
+def figures(outcomes: list[Outcome], wall: float) -> Json:
+    """Latency and throughput of some requests."""
+    took = sorted(one.took for one in outcomes if one.error is None)
+    body: Json = {"runs": len(outcomes), "failed": sum(one.error is not None for one in outcomes)}
+    if took:
+        named = {"p50": percentile(took, 50), "p95": percentile(took, 95), "min": took[0], "max": took[-1]}
+        body |= {f"{name}_s": round(value, 3) for name, value in named.items()}
+        body["requests_per_s"] = round(len(took) / wall, 3)
+        body["images_per_s"] = round(sum(one.images for one in outcomes) / wall, 3)
+    return body
+
+
+def table(rows: dict[str, Json]) -> str:
+    """Figures as people read them."""
+    keys = ("runs", "failed", "p50_s", "p95_s", "min_s", "max_s", "requests_per_s", "images_per_s")
+    heads = ("runs", "failed", "p50", "p95", "min", "max", "requests/s", "images/s")
+    wide = max(len(name) for name in rows)
+    lines = [" " * wide + "".join(f"{head:>12}" for head in heads)]
+    for name, row in rows.items():
+        units = {key: "" if "per" in key or not key.endswith("_s") else "s" for key in keys}
+        cells = [f"{round(row[key], 2)}{units[key]}" if key in row else "-" for key in keys]
+        lines.append(f"{name:<{wide}}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+class Screen:
+    """Where things are printed: answers to stdout, progress to stderr, nothing but one object with ``--json``."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._quiet = args.json
+        self._live = sys.stderr.isatty()
+        self._lock = threading.Lock()
+        self._last = ("", 0.0)
+
+    def say(self, text: str) -> None:
+        """Print something that stays."""
+        if self._quiet:
+            return
+        with self._lock:
+            if self._live:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print(text, flush=True)
+
+    def tell(self, name: str, text: str) -> None:
+        """Show how far something is: in place on a terminal, else what is new, each two seconds at most."""
+        with self._lock:
+            if self._live:
+                print(f"\r\033[K{name}: {text}"[:150], end="", file=sys.stderr, flush=True)
+                return
+            state, now = f"{name}: {text.partition(' ')[0]}", time.monotonic()
+            if not self._quiet and text and (state != self._last[0] or now > self._last[1] + 2):
+                self._last = (state, now)
+                print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+class Runs:
+    """All requests of one call of this script, some at a time."""
+
+    def __init__(self, names: list[str], client: Native | RunPod, args: argparse.Namespace) -> None:
+        self.args, self.client, self.screen = args, client, Screen(args)
+        self.outcomes: list[Outcome] = []
+        self.wall = 0.0
+        self.brief = args.repeat > 1 or args.concurrency > 1
+        self._left = iter([Outcome(name, number) for number in range(1, args.repeat + 1) for name in names])
+        self._lock = threading.Lock()
+
+    def all(self) -> None:
+        """Run them; when ``stop`` is set, cancel what runs."""
+        began = time.monotonic()
+        # daemons: what reads an answer cannot be woken, and ends with the process, which the server notices
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.args.concurrency)]
+        for thread in threads:
+            thread.start()
+        # asked again and again: a join that a signal interrupts takes its thread for ended
+        while any(thread.is_alive() for thread in threads) and not self.client.stop.is_set():
+            time.sleep(0.02)
+        if self.client.stop.is_set():
+            self.screen.say("\nStopped: what runs is cancelled.")
+            end = time.monotonic() + (10 if self.client.how == "async" or self.args.runpod else 0)
+            while any(thread.is_alive() for thread in threads) and time.monotonic() < end:
+                time.sleep(0.02)
+        self.wall = time.monotonic() - began
+
+    def _work(self) -> None:
+        while not self.client.stop.is_set():
+            with self._lock:
+                outcome = next(self._left, None)
+            if outcome is None:
+                return
+            try:
+                self._one(outcome)
+            except Stopped:
+                return
+            with self._lock:
+                self.outcomes.append(outcome)
+
+    def _one(self, outcome: Outcome) -> None:
+        name, label = outcome.name, f"{outcome.name} {outcome.number}" if self.brief else outcome.name
+        began = time.monotonic()
+        try:
+            body = request(name, self.args)
+            if not self.brief:
+                self.screen.say(f"Running test: {name}\n{json.dumps(shorten(body), indent=4)}")
+            began = time.monotonic()
+            answer = self.client.run(body, lambda text: self.screen.tell(label, text))
+            outcome.took = time.monotonic() - began
+            self._succeeded(outcome, answer, label)
+        except Failed as fault:
+            outcome.took, outcome.error = time.monotonic() - began, fault
+            told = f"FAILED: {label}: {fault.code}: {fault}" + (f"\n{fault.hint}" if fault.hint else "")
+            if fault.answer and not self.brief:
+                told += f"\n{json.dumps(shorten(fault.answer), indent=4)}\n"
+            self.screen.say(told)
+
+    def _succeeded(self, outcome: Outcome, answer: Json, label: str) -> None:
+        job = {key: ms for key, ms in answer.pop("job", {}).items() if ms is not None}
+        outcome.timings, outcome.meta = {**job, **answer.get("$timings", {})}, answer.get("$meta", {})
+        found = [answer[key] for key in (*SINGLE, *SEVERAL, "image_url", "image_urls") if key in answer]
+        outcome.images = sum(len(one) if isinstance(one, list) else 1 for one in found)
+        if outcome.number == 1:  # of many, the first is enough to look at
+            outcome.files, answer = save_images(outcome.name, answer, self.args.output)
+        if self.brief:
+            self.screen.say(f"{label}: {outcome.took:.2f}s ({seconds(outcome.timings)})")
+            return
+        saved = "".join(f"Saved {path}\n" for path in outcome.files)
+        told = f"Request took {outcome.took:.1f}s ({seconds(outcome.timings)})\n{saved}"
+        self.screen.say(f"{told}{json.dumps(answer, indent=4)}\n")
+
+    def report(self, names: list[str]) -> int:
+        """Say how it went; the exit status."""
+        stopped = self.client.stop.is_set()
+        failed = [one for one in self.outcomes if one.error is not None]
+        rows = {name: figures([one for one in self.outcomes if one.name == name], self.wall) for name in names}
+        total = figures(self.outcomes, self.wall)
+        if self.args.json:
+            how = {"url": self.client.http.url, "mode": self.client.how, "runpod": self.args.runpod}
+            load = {"concurrency": self.args.concurrency, "repeat": self.args.repeat, "seconds": round(self.wall, 3)}
+            runs = [one.as_json() for one in self.outcomes]
+            told = {"ok": not failed and not stopped, **how, **load, "stopped": stopped, "total": total, "tests": rows}
+            print(json.dumps({**told, "runs": runs}))
+        else:
+            if self.brief and self.outcomes:
+                self.screen.say("\n" + table(rows if len(names) == 1 else {**rows, "all": total}))
+            which = ", ".join(dict.fromkeys(one.name for one in failed))
+            passed = f"{len(self.outcomes) - len(failed)} of {len(names) * self.args.repeat} passed"
+            self.screen.say(passed + (f"; failed: {which}" if failed else ""))
+        return 130 if stopped else 1 if failed else 0
+
+
+def request(name: str, args: argparse.Namespace) -> Json:
+    """The body of an example, with what the command line says.
+
+    Raises:
+        Failed: it needs files that are not beside this script.
+    """
+    try:
+        body = TESTS[name]()
+    except OSError as fault:
+        hint = "This example sends pictures of the repository: run test.py in a clone of it."
+        raise Failed("NO_PICTURE", f"{fault.filename} is not there.", hint) from fault
     body["modelInputs"].update(args.model_arg)
     body["callInputs"].update(args.call_arg)
     if args.scheduler:
         body["callInputs"]["SCHEDULER"] = args.scheduler
     if args.xmfe is not None:
         body["callInputs"]["xformers_memory_efficient_attention"] = args.xmfe
-    print(f"Running test: {name}\n{json.dumps(shorten(body), indent=4)}")
-    began = time.monotonic()
-    try:
-        status, answer = send_runpod(body) if args.runpod else send(args.url, body)
-    except OSError as fault:
-        print(f"{args.url} does not answer: {fault}. Is the server running? Start it with scripts/serve.\n")
-        return False
-    took = time.monotonic() - began
-    if not args.runpod:
-        print(f"<Response [{status}]>")
-    if status != 200 or "$error" in answer:
-        print(f"FAILED: {name}\n{json.dumps(answer, indent=4)}\n")
-        return False
-    print(f"Request took {took:.1f}s ({seconds(answer.get('$timings', {}))})")
-    print(json.dumps(save_images(name, answer, args.output), indent=4), end="\n\n")
-    return True
+    return body
 
 
 def pair(text: str) -> tuple[str, Any]:
@@ -317,29 +791,63 @@ def pair(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line may hold."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TESTS)}, or all")
+    made.add_argument("--url", default=os.environ.get("TEST_URL", "http://localhost:8000/"))
+    made.add_argument("--key", default="", help="API key; else API_KEY, or with --runpod RUNPOD_API_KEY")
+    made.add_argument("--output", type=Path, default=HERE / "tests" / "output", help="where to save the pictures")
+    made.add_argument("--runpod", action="store_true", help="send to a RunPod endpoint instead")
+    how = made.add_mutually_exclusive_group()
+    how.add_argument("--stream", action="store_true", help="show events as they come (streamEvents, /stream)")
+    how.add_argument("--async", action="store_true", dest="later", help="send a job for later, and poll (/jobs)")
+    made.add_argument("--repeat", type=count, default=1, metavar="N", help="each so often; the first is saved")
+    made.add_argument("--concurrency", type=count, default=1, metavar="N", help="so many at a time")
+    made.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds for each request, 900")
+    made.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    made.add_argument("--call-arg", type=pair, action="append", default=[], metavar="K=V", help="set a callInput")
+    made.add_argument("--model-arg", type=pair, action="append", default=[], metavar="K=V", help="set a modelInput")
+    made.add_argument("--scheduler", help="set callInputs.SCHEDULER")
+    made.add_argument("--xmfe", type=lambda v: bool(int(v)), metavar="0|1", help="memory-efficient attention or not")
+    return made
+
+
 def main() -> int:
     """Run what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TESTS)}, or all")
-    parser.add_argument("--url", default=os.environ.get("TEST_URL", "http://localhost:8000/"))
-    parser.add_argument("--output", type=Path, default=HERE / "tests" / "output", help="where to save the pictures")
-    parser.add_argument("--runpod", action="store_true", help="send to a RunPod endpoint instead")
-    parser.add_argument("--call-arg", type=pair, action="append", default=[], metavar="K=V", help="set a callInput")
-    parser.add_argument("--model-arg", type=pair, action="append", default=[], metavar="K=V", help="set a modelInput")
-    parser.add_argument("--scheduler", help="set callInputs.SCHEDULER")
-    parser.add_argument("--xmfe", type=lambda v: bool(int(v)), metavar="0|1", help="memory-efficient attention or not")
-    args = parser.parse_args()
-    missing = [name for name in ("RUNPOD_API_KEY", "RUNPOD_MODEL_KEY") if args.runpod and not os.environ.get(name)]
+    options = parser()
+    args = options.parse_args()
     names = [name for name in TESTS if name not in ELSEWHERE] if args.names == ["all"] else args.names
-    unknown = [name for name in names if name not in TESTS]
-    if unknown or missing:
-        parser.error(f"unknown test {', '.join(unknown)}" if unknown else f"--runpod needs {' and '.join(missing)}")
+    environ, stop = os.environ, threading.Event()
+    key = args.key or environ.get("RUNPOD_API_KEY" if args.runpod else "API_KEY", "")
+    if unknown := [name for name in names if name not in TESTS]:
+        options.error(f"unknown test {', '.join(unknown)}; there are {', '.join(TESTS)}, and all")
+    missing = ["RUNPOD_API_KEY"] * (not key) + ["RUNPOD_MODEL_KEY"] * (not environ.get("RUNPOD_MODEL_KEY"))
+    if args.runpod and missing:
+        options.error(f"--runpod needs {' and '.join(missing)} in the environment")
     if not names:
-        parser.print_help()
+        options.print_help()
         return 0
-    failed = [name for name in names if not run(name, args)]
-    print(f"{len(names) - len(failed)} of {len(names)} passed" + (f"; failed: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
+    client: Native | RunPod
+    if args.runpod:
+        base = environ.get("RUNPOD_API_URL", "https://api.runpod.ai/v2").rstrip("/")
+        http_client = Http(f"{base}/{environ['RUNPOD_MODEL_KEY']}", key)
+        client = RunPod(http_client, "stream" if args.stream else "async", args.timeout, stop)
+    else:
+        how = "stream" if args.stream else "async" if args.later else "plain"
+        client = Native(Http(args.url, key), how, args.timeout, stop)
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: stop.set())
+    runs = Runs(names, client, args)
+    runs.all()
+    return runs.report(names)
 
 
 if __name__ == "__main__":

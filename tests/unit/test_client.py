@@ -61,7 +61,7 @@ class StandIn(BaseHTTPRequestHandler):
 def stand_in() -> Iterator[tuple[type[StandIn], str]]:
     handler = type("Fresh", (StandIn,), {"seen": [], "polls": 0})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield handler, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
