@@ -102,7 +102,9 @@ ENV MODEL_ID=${MODEL_ID} \
     RUNTIME_DOWNLOADS=${RUNTIME_DOWNLOADS} \
     PIPELINE=${PIPELINE} \
     SCHEDULER=${SCHEDULER}
-USER 1000
+# RUN_AS=0 where a platform mounts volumes that belong to root and lets nobody choose the user, as RunPod does
+ARG RUN_AS=1000
+USER ${RUN_AS}
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
