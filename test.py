@@ -416,7 +416,7 @@ class RunPod:
         try:
             job = self.http.call("POST", "/run", {"input": body})
         except Failed as fault:
-            if fault.answer and fault.answer.get("status") == 404:
+            if fault.code == "404":
                 fault.hint = f"There is no endpoint {self.http.url}: RUNPOD_MODEL_KEY is the id below its name."
             raise
         if "id" not in job:
@@ -435,7 +435,7 @@ class RunPod:
             if self.how == "stream":
                 job = self.http.patiently("GET", f"/status/{id}", self.stop)
         except (Stopped, Failed) as fault:
-            if isinstance(fault, Failed) and fault.answer and fault.answer.get("status") == 404:
+            if isinstance(fault, Failed) and fault.code in ("404", "NO_SUCH_JOB"):
                 fault.hint = "The job is not known any more: results are kept for 30 minutes at most."
             else:
                 cancel(lambda: self.http.call("POST", f"/cancel/{id}"))
