@@ -199,9 +199,10 @@ await step("a job that runs longer than its executionTimeout is TIMED_OUT", asyn
   assert.deepEqual([answer.status, answer.succeeded], ["TIMED_OUT", false])
   assert.ok(answer.error)
 })
-await step("a job that is older than its ttl is gone", async () => {
-  const gone = () => endpoint.status(brief).then(() => false, (error) => error.response?.status === 404)
-  await until(gone, 30)
+await step("a job that waits longer than its ttl is TIMED_OUT, and never ran", async () => {
+  await until(async () => (await endpoint.status(brief)).completed, 30)
+  const answer = await endpoint.status(brief)
+  assert.deepEqual([answer.status, answer.executionTime], ["TIMED_OUT", undefined])
 })
 await step("lowPriority lets those that came later go first", async () => {
   const low = await send({ input: native(1), policy: { lowPriority: true } })
