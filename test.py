@@ -270,6 +270,10 @@ class Http:
             yield
         except urllib.error.HTTPError as error:
             raise refused(error, self.url + path) from error
+        except (ValueError, http.client.InvalidURL) as fault:
+            raise Failed(
+                "BAD_URL", f"{self.url!r} is no address: {fault}.", "It begins with http:// or https://."
+            ) from fault
         except http.client.HTTPException as fault:
             raise Failed("BROKEN_OFF", f"The answer of {self.url} broke off: {fault!r}.", LATER_HINT) from fault
         except OSError as fault:
@@ -743,13 +747,14 @@ class Runs:
         """Say how it went; the exit status."""
         stopped = self.client.stop.is_set()
         failed = [one for one in self.outcomes if one.error is not None]
+        good = len(self.outcomes) - len(failed) == len(names) * self.args.repeat
         rows = {name: figures([one for one in self.outcomes if one.name == name], self.wall) for name in names}
         total = figures(self.outcomes, self.wall)
         if self.args.json:
             how = {"url": self.client.http.url, "mode": self.client.how, "runpod": self.args.runpod}
             load = {"concurrency": self.args.concurrency, "repeat": self.args.repeat, "seconds": round(self.wall, 3)}
             runs = [one.as_json() for one in self.outcomes]
-            told = {"ok": not failed and not stopped, **how, **load, "stopped": stopped, "total": total, "tests": rows}
+            told = {"ok": good, **how, **load, "stopped": stopped, "total": total, "tests": rows}
             print(json.dumps({**told, "runs": runs}))
         else:
             if self.brief and self.outcomes:
@@ -757,7 +762,7 @@ class Runs:
             which = ", ".join(dict.fromkeys(one.name for one in failed))
             passed = f"{len(self.outcomes) - len(failed)} of {len(names) * self.args.repeat} passed"
             self.screen.say(passed + (f"; failed: {which}" if failed else ""))
-        return 130 if stopped else 1 if failed else 0
+        return 130 if stopped else 0 if good else 1
 
 
 def request(name: str, args: argparse.Namespace) -> Json:
@@ -802,7 +807,7 @@ def parser() -> argparse.ArgumentParser:
     """What the command line may hold."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(TESTS)}, or all")
-    made.add_argument("--url", default=os.environ.get("TEST_URL", "http://localhost:8000/"))
+    made.add_argument("--url", default=os.environ.get("TEST_URL") or "http://localhost:8000/")
     made.add_argument("--key", default="", help="API key; else API_KEY, or with --runpod RUNPOD_API_KEY")
     made.add_argument("--output", type=Path, default=HERE / "tests" / "output", help="where to save the pictures")
     made.add_argument("--runpod", action="store_true", help="send to a RunPod endpoint instead")
@@ -837,7 +842,7 @@ def main() -> int:
         return 0
     client: Native | RunPod
     if args.runpod:
-        base = environ.get("RUNPOD_API_URL", "https://api.runpod.ai/v2").rstrip("/")
+        base = (environ.get("RUNPOD_API_URL") or "https://api.runpod.ai/v2").rstrip("/")
         http_client = Http(f"{base}/{environ['RUNPOD_MODEL_KEY']}", key)
         client = RunPod(http_client, "stream" if args.stream else "async", args.timeout, stop)
     else:
@@ -847,6 +852,8 @@ def main() -> int:
         signal.signal(ending, lambda *_: stop.set())
     runs = Runs(names, client, args)
     runs.all()
+    for ending in (signal.SIGINT, signal.SIGTERM):  # it ends by itself now, and says how it went
+        signal.signal(ending, signal.SIG_IGN)
     return runs.report(names)
 
 

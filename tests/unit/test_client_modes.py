@@ -297,3 +297,18 @@ def test_pictures_that_are_not_there_are_said(script: Script, tmp_path: Path) ->
     out = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=False)
     assert (out.returncode, out.stderr) == (1, "")
     assert "green-circle-left.png is not there" in out.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [("localhost:8000",), ("http://", "--stream"), ("pod-1-8000.proxy.runpod.net/", "--async")]
+)
+def test_an_address_that_is_none_is_said(script: Script, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    status, out, _ = run(script, tmp_path, "--url", *arguments, "txt2img")
+    assert status == 1
+    assert "is no address" in out or "does not answer" in out
+
+
+def test_an_empty_address_is_the_usual_one(script: Script, tmp_path: Path) -> None:
+    """As where a guide's ``export TEST_URL=""`` was copied."""
+    _, out, _ = run(script, tmp_path, "--json", "--timeout", "1", "txt2img", TEST_URL="")
+    assert json.loads(out)["url"] == "http://localhost:8000"
