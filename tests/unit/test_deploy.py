@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,13 @@ def test_the_hubs_files_set_what_the_server_reads() -> None:
     assert tests["config"]["allowedCudaVersions"] == hub["config"]["allowedCudaVersions"]
     for one in tests["tests"]:
         assert isinstance(one["input"], dict) and one["timeout"] >= 60_000, "a cold start fits in it"
+
+
+def test_the_hubs_handler_is_the_worker() -> None:
+    command = [sys.executable, ROOT / ".runpod" / "handler.py", "--help"]
+    out = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert "RunPod" in out.stdout
 
 
 def test_compose_files_are_compose_files() -> None:
