@@ -20,6 +20,9 @@ def halves(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         ApiError: INVALID_INPUTS, UNKNOWN_INPUT, MISSING_INPUT.
     """
     for key in data:
+        if key == "input" and KEYS[0] not in data:
+            message = "That is the body of RunPod's routes: POST it to /v2/any/runsync, or to /v2/any/run for later."
+            raise ApiError("UNKNOWN_INPUT", message, field=key, available=list(KEYS))
         if key not in KEYS:
             hint = nearest(key, KEYS) or f' Inputs such as "{key[:40]}" belong inside "modelInputs".'
             raise ApiError("UNKNOWN_INPUT", f"Unknown key.{hint}", field=key[:200], available=list(KEYS))

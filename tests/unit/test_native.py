@@ -37,6 +37,13 @@ def test_what_cannot_be_answered(accept: str) -> None:
     assert error.value.code == "NOT_ACCEPTABLE"
 
 
+def test_a_body_for_runpods_routes_is_sent_there() -> None:
+    with pytest.raises(ApiError) as error:
+        native.parse_body(b'{"input": {"prompt": "a red circle"}}')
+    assert (error.value.code, error.value.field) == ("UNKNOWN_INPUT", "input")
+    assert "/v2/" in error.value.message
+
+
 def test_each_image_carries_its_own_parameters() -> None:
     inputs = {"prompt": ["a", "b"], "negative_prompt": ["c", "d"], "seed": [1, 2, 3, 4], "num_inference_steps": 5}
     meta = {"modelInputs": inputs, "SCHEDULER": "S", "MODEL_ID": "m", "MODEL_REVISION": "r"}
