@@ -63,7 +63,7 @@ async def test_one_who_sends_a_lot_is_not(tmp_path: Path, monkeypatch: pytest.Mo
     async with serving(app) as client:
 
         async def body() -> Any:
-            for _ in range(15):
+            for _ in range(10):
                 await asyncio.sleep(0.1)
                 yield b" " * 16_384
 
@@ -76,7 +76,7 @@ async def test_one_who_waits_for_an_answer_is_not(tmp_path: Path, monkeypatch: p
 
     async def slow(request) -> None:
         response = await request.respond()
-        for _ in range(15):
+        for _ in range(8):
             await asyncio.sleep(0.1)
             await response.send(b"x")
         await response.eof()
@@ -84,7 +84,7 @@ async def test_one_who_waits_for_an_answer_is_not(tmp_path: Path, monkeypatch: p
     app.add_route(slow, "/slow", methods=["GET", "POST"])
     async with serving(app) as client:
         for method, content in (("GET", None), ("GET", b"x"), ("POST", b"x" * 100_000)):
-            assert len((await client.request(method, "/slow", content=content)).content) == 15
+            assert len((await client.request(method, "/slow", content=content)).content) == 8
 
 
 async def test_connections_are_bounded_and_idle_ones_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
