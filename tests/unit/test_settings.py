@@ -49,7 +49,9 @@ def test_the_image_has_the_same_defaults() -> None:
     """An image's ENV hides the default here; an empty RUNTIME_DOWNLOADS would even mean another thing."""
     defaults = {f.metadata["name"]: f.metadata["default"] for f in fields(Settings)}
     text = (ROOT / "Dockerfile").read_text()
-    arguments = [found for found in re.findall(r"^ARG (\w+)=(.*)$", text, re.M) if found[0] not in ("PYTHON_IMAGE", "RUN_AS")]
+    arguments = [
+        found for found in re.findall(r"^ARG (\w+)=(.*)$", text, re.M) if found[0] not in ("PYTHON_IMAGE", "RUN_AS")
+    ]
     assert len(arguments) > 20
     assert [found for found in arguments if defaults[found[0]] != found[1]] == []
     baked = set(re.findall(r"(\w+)=\$\{\1\}", text))

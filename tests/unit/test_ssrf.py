@@ -28,6 +28,7 @@ from api.service import upload as uploads
 from api.service.destinations import check_destinations, choose_destinations
 from api.service.fetch import fetch
 from api.service.options import check_options
+from api.service.s3_config import check_s3_config, read_s3_config, s3_destinations
 from api.service.webhooks_delivery import Delivery, check_receiver
 from api.settings import Settings, SettingsError
 
@@ -214,10 +215,23 @@ async def webhook(url: str, known: Settings) -> None:
         raise ApiError("SOURCE_UNREACHABLE", outcome.error)
 
 
+async def s3_config(url: str, known: Settings) -> None:
+    keys = {"accessId": "key", "accessSecret": "secret", "bucketName": "bucket"}
+    config = read_s3_config({**keys, "endpointUrl": url.removesuffix(FILE)})
+    await check_s3_config(config, known)
+    found = await asyncio.to_thread(s3_destinations, config, 1, "PNG", "id")
+    await uploads.upload(found, [b"x"], "image/png", known)
+
+
 Door = Callable[[str, Settings], Awaitable[None]]
 DOORS: dict[str, Door] = {
-    "image": image, "output_url": output, "MODEL_URL": model, "MODEL_URL of S3": endpoint, "SEND_URL": webhook,
-}  # fmt: skip
+    "image": image,
+    "output_url": output,
+    "MODEL_URL": model,
+    "MODEL_URL of S3": endpoint,
+    "SEND_URL": webhook,
+    "s3Config": s3_config,
+}
 
 
 async def code_of(door: Door, url: str, known: Settings | None = None) -> str:
@@ -253,7 +267,7 @@ async def test_a_public_address_is_reached(name: str, net: Net) -> None:
 @pytest.mark.parametrize("target", ["http://127.0.0.1/", "http://2130706433/", "http://[::1]/", "http://localhost:22/",
                                     "https://169.254.169.254/", "http://private.example/", "file:///etc/passwd", "//10.0.0.1/"])  # fmt: skip
 async def test_a_redirect_to_one_is_not_followed(name: str, target: str, net: Net, site: Site) -> None:
-    site.moved.update({FILE: target, f"/bucket{FILE}": target})
+    site.moved.update({FILE: target, f"/bucket{FILE}": target, "/bucket/id/0.png": target})
     assert await code_of(DOORS[name], f"http://public.example{FILE}") != "through"
     assert site.asked
     assert net.leaks == []
