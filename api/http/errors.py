@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import traceback
 from typing import Any
@@ -52,7 +53,7 @@ def error_response(error: ApiError, request: Request) -> HTTPResponse:
         # the key that clients of RunPod know
         body = {"error": ": ".join(part for part in (error.code, error.field, error.message) if part), **body}
     response = HTTPResponse(
-        orjson.dumps(body, default=str),
+        _encoded(body),
         status=200 if legacy else error.status,
         headers=headers,
         content_type="application/json",
@@ -61,6 +62,13 @@ def error_response(error: ApiError, request: Request) -> HTTPResponse:
         for scheme in ("Bearer", "Basic"):
             response.headers.add("WWW-Authenticate", f'{scheme} realm="diffusers-api"')
     return response
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body, default=str)
+    except orjson.JSONEncodeError:  # half a character, out of a header that is no UTF-8
+        return json.dumps(body, default=str, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def to_api_error(exception: Exception, request: Request) -> ApiError:
