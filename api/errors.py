@@ -49,6 +49,7 @@ CODES: dict[str, tuple[int, str]] = {
     "RATE_LIMITED": (429, "The key has begun as many jobs in the last minute as it may (KEY_RATE_LIMIT)."),
     "TOO_MANY_JOBS": (429, "As many jobs of the key wait or run as it may have (KEY_CONCURRENCY)."),
     "TOO_MANY_WRONG_KEYS": (429, "Too many wrong keys came from the address; for a while no other is looked at."),
+    "HEADERS_TOO_LARGE": (431, "The address and the headers of the request are longer than 8 KiB together."),
     "CANCELLED": (499, "The client went away, the job was cancelled, or a model was unloaded while it was loaded."),
     "INTERNAL_ERROR": (500, "A fault of the server; the log has the request id."),
     "SOURCE_UNREACHABLE": (502, "An image or a model could not be fetched from where it lies."),

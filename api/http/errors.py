@@ -80,6 +80,9 @@ def to_api_error(exception: Exception, request: Request) -> ApiError:
     if isinstance(exception, MethodNotAllowed):
         allowed = sorted(str(m) for m in exception.headers.get("Allow", "").split(", ") if m)
         return ApiError("METHOD_NOT_ALLOWED", f"{request.path} does not take {request.method}.", available=allowed)
+    if isinstance(exception, PayloadTooLarge) and "header" in str(exception):
+        limit = request.app.config.REQUEST_MAX_HEADER_SIZE
+        return ApiError("HEADERS_TOO_LARGE", f"The address and the headers are longer than {limit} bytes together.")
     if isinstance(exception, PayloadTooLarge):
         limit = request.app.config.REQUEST_MAX_SIZE
         return ApiError("BODY_TOO_LARGE", f"The request is larger than MAX_BODY of {limit} bytes.")

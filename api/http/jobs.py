@@ -98,7 +98,7 @@ async def image(request: Request, id: str, n: str) -> HTTPResponse:
         why = "they were uploaded" if entry.result else f"it is {entry.state.value}"
         message = f"The job has no images here: {why}."
         raise ApiError("NOT_FOUND", message, requested=n)
-    number = whole(n, "n", 0, low=0, high=entry.result.images - 1)
+    number = _number(n, entry.result.images)
     data = await later.ledger.image(entry, number)
     # what a job gave never changes; how long it is kept, the server says
     headers = {"Cache-Control": "private, immutable, max-age=3600"}
@@ -113,7 +113,7 @@ async def preview(request: Request, id: str, n: str) -> HTTPResponse:
     if newest is None:
         message = f"The job has no preview: it is {entry.state.value}, and previews are kept only while it runs."
         raise ApiError("NOT_FOUND", message, requested=n)
-    number = whole(n, "n", 0, low=0, high=len(newest.images) - 1)
+    number = _number(n, len(newest.images))
     headers = {"Cache-Control": "no-store", "X-Step": str(newest.step)}
     return HTTPResponse(newest.images[number], headers=headers, content_type="image/jpeg")
 
@@ -125,8 +125,8 @@ async def events(request: Request, id: str) -> HTTPResponse | None:
     """
     later = _later(request)
     wanted = wanted_type(request.headers.get("accept"), _READERS)
-    sent = request.headers.get("last-event-id") or request.args.get("after")
-    after = whole(sent, "after", 0, low=0, high=2**62)
+    first = whole(request.args.get("after"), "after", 0, low=0, high=2**62)
+    after = whole(request.headers.get("last-event-id"), "Last-Event-ID", first, low=0, high=2**62)
     entry = await later.ledger.get(id, owner_of(request))
     if wanted == "application/json":
         told = [_event(seq, body) for seq, body in await later.ledger.events(id, after)]
@@ -204,6 +204,14 @@ def _images_as_links(request: Request) -> bool:
             "INVALID_INPUTS", "Must be base64 or url.", field="images", requested=asked, available=["base64", "url"]
         )
     return bool(asked == "url")
+
+
+def _number(n: str, count: int) -> int:
+    """Which of so many images a path names."""
+    number = whole(n, "n", 0, low=0, high=2**62)
+    if number >= count:
+        raise ApiError("NOT_FOUND", "The job has no such image.", requested=number, available=list(range(count)))
+    return number
 
 
 def whole(text: str | None, field: str, default: int, *, low: int, high: int) -> int:

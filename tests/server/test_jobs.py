@@ -108,7 +108,7 @@ def test_a_job_is_accepted_run_and_read(server: Server) -> None:
         assert fetched.headers["content-type"] == "image/png"
         assert np.array_equal(pixels(fetched.content), image)
         assert np.abs(image.astype(int) - reference).max() <= TOLERANCE
-    assert server.client.get(f"/jobs/{job_id}/images/2").json()["$error"]["code"] == "INVALID_INPUTS"
+    assert server.client.get(f"/jobs/{job_id}/images/2").json()["$error"]["code"] == "NOT_FOUND"
     listed = server.client.get("/jobs?limit=1").json()["jobs"]
     assert [(job["id"], job["state"]) for job in listed] == [(job_id, "COMPLETED")]
 

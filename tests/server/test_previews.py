@@ -126,7 +126,7 @@ def test_a_job_for_later_shows_its_newest_preview_until_it_is_over(own: Server) 
     assert polled["progress"]["eta"] > 0
     linked = look(own, job_id, "?images=url")["preview"]
     assert linked == {"step": linked["step"], "total": 500, "image_urls": links}
-    assert own.client.get(f"/jobs/{job_id}/previews/2").json()["$error"]["code"] == "INVALID_INPUTS"
+    assert own.client.get(f"/jobs/{job_id}/previews/2").json()["$error"]["code"] == "NOT_FOUND"
     assert own.client.delete(f"/jobs/{job_id}").json()["state"] == "CANCELLED"
     events = [body for _, body in sse(own, job_id)]
     assert events[-1]["state"] == "CANCELLED"

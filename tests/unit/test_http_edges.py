@@ -33,4 +33,27 @@ def code(answer: httpx.Response) -> tuple[int, str]:
 def test_an_error_can_tell_a_header_that_is_no_utf_8(site: Site, job: str) -> None:
     answer = site.client.get(f"/jobs/{job}/events", headers={"Last-Event-ID": b"\x84"})
     assert code(answer) == (400, "INVALID_INPUTS")
+    assert answer.json()["$error"]["field"] == "Last-Event-ID"
+
+
+def test_where_to_go_on_is_checked_in_both_places(site: Site, job: str) -> None:
+    answer = site.client.get(f"/jobs/{job}/events?after=x", headers={"Last-Event-ID": "1"})
+    assert code(answer) == (400, "INVALID_INPUTS")
     assert answer.json()["$error"]["field"] == "after"
+    both = site.client.get(f"/jobs/{job}/events?after=1", headers={"Last-Event-ID": "2"})
+    assert both.text.startswith("id: 3\n")
+
+
+def test_an_image_that_a_job_does_not_have(site: Site, job: str) -> None:
+    assert code(site.client.get(f"/jobs/{job}/images/1")) == (404, "NOT_FOUND")
+    assert code(site.client.get(f"/jobs/{job}/images/x")) == (400, "INVALID_INPUTS")
+    assert site.client.get(f"/jobs/{job}/images/0").status_code == 200
+
+
+def test_an_address_that_is_too_long_is_not_a_body_that_is(site: Site) -> None:
+    for answer in (
+        site.client.get("/schedulers", params={"MODEL_URL": "x" * 9000}),
+        site.client.get("/models", headers={"X-Long": "x" * 9000}),
+    ):
+        assert code(answer) == (431, "HEADERS_TOO_LARGE")
+    assert code(site.client.post("/plan", content=b"x" * (2**20 + 1))) == (413, "BODY_TOO_LARGE")
