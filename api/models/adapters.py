@@ -25,10 +25,20 @@ FIELDS = {LORA: "callInputs.lora_weights", INVERSION: "callInputs.textual_invers
 
 _KNOWN = {LORA: ("scale",), INVERSION: ("token",)}
 _COMMON = ("fname", "weight_name", "sha256", "revision")
-_MOST = 32
+MOST = 32
+"""Adapters of a kind in one request."""
 _LONGEST = 8192
 _LARGEST_SCALE = 100.0
 _LONGEST_TOKEN = 100
+_LONGEST_TEXT = 500
+_TEXTS = {name: {"type": ["string", "null"], "maxLength": _LONGEST_TEXT} for name in _COMMON}
+_ADDRESS = {"type": "string", "minLength": 1, "maxLength": _LONGEST}
+_SCALE = {"type": ["number", "null"], "minimum": -_LARGEST_SCALE, "maximum": _LARGEST_SCALE}
+FORMS: dict[str, dict[str, Any]] = {
+    LORA: {"url": _ADDRESS, **_TEXTS, "scale": _SCALE},
+    INVERSION: {"url": _ADDRESS, **_TEXTS, "token": {"type": ["string", "null"], "maxLength": _LONGEST_TOKEN}},
+}
+"""What the object says that asks for one, as JSON Schema."""
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -65,8 +75,8 @@ def read_asked(value: Any, kind: str, field: str) -> tuple[Asked, ...]:
         ApiError: INVALID_INPUTS.
     """
     items = value if isinstance(value, list) else [value]
-    if len(items) > _MOST:
-        raise ApiError("INVALID_INPUTS", f"At most {_MOST} in one request.", field=field, requested=len(items))
+    if len(items) > MOST:
+        raise ApiError("INVALID_INPUTS", f"At most {MOST} in one request.", field=field, requested=len(items))
     return tuple(_read(item, kind, field if len(items) == 1 else f"{field}[{n}]") for n, item in enumerate(items))
 
 
@@ -78,7 +88,9 @@ def _read(item: Any, kind: str, field: str) -> Asked:
             "INVALID_INPUTS", problem, field=field, requested=_shown(item), available=[f"#{name}=" for name in known]
         )
 
-    said = dict(item) if isinstance(item, dict) else {"url": item}
+    said = (
+        {name: value for name, value in item.items() if value is not None} if isinstance(item, dict) else {"url": item}
+    )
     address = said.pop("url", None)
     if not isinstance(address, str) or not address.strip() or len(address) > _LONGEST:
         raise wrong('Must be a URL, "owner/repo/file.safetensors", or an object with such a "url".')
@@ -91,7 +103,7 @@ def _read(item: Any, kind: str, field: str) -> Asked:
     return Asked(
         kind,
         address,
-        _text(said.get("fname") or said.get("weight_name") or "", wrong),
+        _text(said.get("fname", ""), wrong) or _text(said.get("weight_name", ""), wrong),
         check_revision(_text(said.get("revision", ""), wrong), field),
         _text(said.get("sha256", ""), wrong).lower(),
         _scale(said.get("scale", 1.0), wrong),
@@ -108,7 +120,7 @@ def _shown(item: Any) -> Any:
 
 
 def _text(value: Any, wrong: Any) -> str:
-    if not isinstance(value, str) or len(value) > 500:
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
         raise wrong("fname, weight_name, sha256 and revision are strings.")
     return value
 

@@ -104,9 +104,7 @@ def schema_of(
     for old, new in checks.ALIASES.items():
         if new in accepted and old not in accepted:
             properties[old] = {**properties[new], "deprecated": True, "description": f"The same as {new}."}
-    seed = {"type": "integer", "minimum": 0, "maximum": checks.MAX_SEED}
-    properties["seed"] = {"anyOf": [seed, {"type": "array", "items": seed, "minItems": 1}]}
-    properties["callback_steps"] = {"type": "integer", "minimum": 1}
+    properties.update(_ours())
     required = [name for name, spec in accepted.items() if spec.required and name not in checks.ALIASES.values()]
     schema: dict[str, Any] = {
         "$schema": DIALECT,
@@ -121,16 +119,49 @@ def schema_of(
     return schema
 
 
+def schema_of_all(settings: Settings) -> dict[str, Any]:
+    """``modelInputs`` of every pipeline together, as JSON Schema.
+
+    Each pipeline takes some of them; which, and in which sizes, depends on the model.
+    """
+    specs: dict[str, list[Input]] = {}
+    for accepted in catalogue().pipelines.values():
+        for name, spec in accepted.items():
+            specs.setdefault(name, []).append(spec)
+    properties: dict[str, Any] = {name: {"anyOf": [form, {"type": "null"}]} for name, form in _ours().items()}
+    for name, found in sorted(specs.items(), key=lambda item: (-len(item[1]), item[0])):
+        kinds = dict.fromkeys(kind for spec in found for kind in spec.types)
+        forms = [*_forms(name, tuple(kinds), None, settings), {"type": "null"}]
+        takers = f"{len(found)} of {len(catalogue().pipelines)} pipelines take it."
+        properties[name] = {"anyOf": forms, "description": takers}
+    for old, new in checks.ALIASES.items():
+        properties.setdefault(old, {**properties[new], "deprecated": True, "description": f"The same as {new}."})
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _ours() -> dict[str, Any]:
+    seed = {"type": "integer", "minimum": 0, "maximum": checks.MAX_SEED}
+    return {
+        "seed": {"anyOf": [seed, {"type": "array", "items": seed, "minItems": 1}]},
+        "callback_steps": {"type": "integer", "minimum": 1},
+    }
+
+
 def _property(name: str, spec: Input, model: InstalledModel, settings: Settings) -> dict[str, Any]:
-    limits = _limits(name, model, settings)
-    forms = [_form(kind, limits) for kind in spec.types]
-    if name == "cross_attention_kwargs":
-        forms.append({"type": "string", "contentMediaType": "application/json"})
+    forms = _forms(name, spec.types, model, settings)
     found: dict[str, Any] = forms[0] if len(forms) == 1 else {"anyOf": forms}
     default = checks.default_of(name, spec, settings)
     if default is None and name in ("width", "height"):
         default = model.default_size
     return {**found, "default": default} if default is not None else dict(found)
+
+
+def _forms(name: str, kinds: tuple[str, ...], model: InstalledModel | None, settings: Settings) -> list[dict[str, Any]]:
+    limits = _limits(name, model, settings)
+    forms = [_form(kind, limits) for kind in kinds]
+    if name == "cross_attention_kwargs":
+        forms.append({"type": "string", "contentMediaType": "application/json"})
+    return forms
 
 
 def _form(kind: str, limits: dict[str, Any]) -> dict[str, Any]:
@@ -142,8 +173,8 @@ def _form(kind: str, limits: dict[str, Any]) -> dict[str, Any]:
     return {**_SINGLE[kind], **(kept if numeric or kind == "string" else {})}
 
 
-def _limits(name: str, model: InstalledModel, settings: Settings) -> dict[str, Any]:
-    """What a value may be, by what requests are checked against."""
+def _limits(name: str, model: InstalledModel | None, settings: Settings) -> dict[str, Any]:
+    """What a value may be, by what requests are checked against; without a model, what holds for every one."""
     low, high = checks.RANGES.get(name, (-math.inf, math.inf))
     found: dict[str, Any] = {}
     if name in checks.STEPS:
@@ -153,11 +184,12 @@ def _limits(name: str, model: InstalledModel, settings: Settings) -> dict[str, A
     if name in checks.AREAS:
         low, high = 1, math.floor(settings.max_pixels ** (1 / checks.AREAS[name]))
     if name == "clip_skip":
-        low, high = 0, max(0, model.text_layers - 1)
+        low, high = 0, max(0, model.text_layers - 1) if model else math.inf
     if name in ("width", "height"):
-        found["multipleOf"] = low = model.size_multiple
+        low = model.size_multiple if model else 1
         # the other side is a 32nd of it at least
-        high = math.isqrt(32 * settings.max_pixels) // model.size_multiple * model.size_multiple
+        high = math.isqrt(32 * settings.max_pixels) // low * low
+        found |= {"multipleOf": low} if model else {}
     if checks.is_prompt(name):
         found["maxLength"] = checks.MAX_PROMPT
     if low > -math.inf:

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from api.errors import ApiError
-from api.models.adapters import INVERSION, LORA, Asked, read_asked
+from api.models.adapters import FORMS, INVERSION, LORA, MOST, Asked, read_asked
+from api.models.refs import PRECISIONS
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS, OUTPUTS
 from api.schema.prompts import SYNTAXES
@@ -22,6 +23,9 @@ _LONGEST_URL = 8192
 _MOST_STEPS = 10**6
 _MOST_CONTROLNETS = 8
 _MOST_IP_ADAPTERS = 4
+_URL = {"type": "string", "minLength": 1, "maxLength": _LONGEST_URL}
+_CLOSED = {"additionalProperties": False}
+_URLS = {"anyOf": [_URL, {"type": "array", "items": _URL, "minItems": 1}]}
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +37,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         default: what holds where it is not sent, as clients are told it.
         example: a value.
         check: (value, field, meaning) → the value as the server has it; None: as if it had not been sent.
+        schema: what ``check`` takes, as JSON Schema (draft 2020-12).
     """
 
     kind: str
@@ -40,6 +45,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     default: str
     example: Any
     check: Callable[[Any, str, str], Any]
+    schema: dict[str, Any]
 
 
 def text(meaning: str, default: str, example: str, longest: int = _LONGEST) -> Option:
@@ -50,7 +56,8 @@ def text(meaning: str, default: str, example: str, longest: int = _LONGEST) -> O
             raise _invalid(field, f"Must be a string of at most {longest} characters: {meaning}.", value)
         return value
 
-    return Option(kind="string", meaning=meaning, default=default, example=example, check=check)
+    schema = {"type": "string", "maxLength": longest}
+    return Option(kind="string", meaning=meaning, default=default, example=example, check=check, schema=schema)
 
 
 def choice(meaning: str, default: str, example: str, among: tuple[str, ...]) -> Option:
@@ -62,7 +69,8 @@ def choice(meaning: str, default: str, example: str, among: tuple[str, ...]) -> 
         return str(value)
 
     kind = ", ".join(f"`{word}`" for word in among)
-    return Option(kind=kind, meaning=meaning, default=default, example=example, check=check)
+    schema = {"type": "string", "enum": list(among)}
+    return Option(kind=kind, meaning=meaning, default=default, example=example, check=check, schema=schema)
 
 
 def flag(meaning: str, default: str = "`false`", example: bool = True) -> Option:
@@ -73,7 +81,8 @@ def flag(meaning: str, default: str = "`false`", example: bool = True) -> Option
             raise _invalid(field, f"Must be true or false: {meaning}.", value)
         return bool(value)
 
-    return Option(kind="boolean", meaning=meaning, default=default, example=example, check=check)
+    schema = {"anyOf": [{"type": "boolean"}, {"type": "integer", "enum": [0, 1]}]}
+    return Option(kind="boolean", meaning=meaning, default=default, example=example, check=check, schema=schema)
 
 
 def whole(meaning: str, default: str, example: int, low: int, high: int) -> Option:
@@ -84,7 +93,8 @@ def whole(meaning: str, default: str, example: int, low: int, high: int) -> Opti
             raise _invalid(field, f"Must be a whole number from {low} to {high}: {meaning}.", value)
         return value
 
-    return Option(kind=f"integer, {low}–{high}", meaning=meaning, default=default, example=example, check=check)
+    kind, schema = f"integer, {low}–{high}", {"type": "integer", "minimum": low, "maximum": high}
+    return Option(kind=kind, meaning=meaning, default=default, example=example, check=check, schema=schema)
 
 
 def words(meaning: str, default: str, example: list[str], among: tuple[str, ...]) -> Option:
@@ -96,7 +106,8 @@ def words(meaning: str, default: str, example: list[str], among: tuple[str, ...]
         return tuple(value)
 
     kind = "list of " + ", ".join(f"`{word}`" for word in among)
-    return Option(kind=kind, meaning=meaning, default=default, example=example, check=check)
+    schema = {"type": "array", "items": {"type": "string", "enum": list(among)}}
+    return Option(kind=kind, meaning=meaning, default=default, example=example, check=check, schema=schema)
 
 
 def names(meaning: str, default: str, example: dict[str, Any], most: int = 64) -> Option:
@@ -107,7 +118,8 @@ def names(meaning: str, default: str, example: dict[str, Any], most: int = 64) -
             raise _invalid(field, f"Must be an object of at most {most} names: {meaning}.", value)
         return value
 
-    return Option(kind="object", meaning=meaning, default=default, example=example, check=check)
+    schema = {"type": "object", "maxProperties": most}
+    return Option(kind="object", meaning=meaning, default=default, example=example, check=check, schema=schema)
 
 
 def texts(meaning: str, example: Any, most: int) -> Option:
@@ -119,7 +131,9 @@ def texts(meaning: str, example: Any, most: int) -> Option:
             raise _invalid(field, f"Must be a string, or a list of at most {most}: {meaning}.", value)
         return found or None
 
-    return Option(kind="string, or strings", meaning=meaning, default="none", example=example, check=check)
+    schema = {"anyOf": [_URL, {"type": "array", "items": _URL, "maxItems": most}]}
+    kind = "string, or strings"
+    return Option(kind=kind, meaning=meaning, default="none", example=example, check=check, schema=schema)
 
 
 def _preview(value: Any, field: str, meaning: str) -> int | None:
@@ -136,6 +150,11 @@ def _adapters(kind: str) -> Callable[[Any, str, str], Any]:
         return read_asked(value, kind, field) or None
 
     return check
+
+
+def _adapters_schema(kind: str) -> dict[str, Any]:
+    one = {"anyOf": [_URL, {"type": "object", "properties": FORMS[kind], "required": ["url"], **_CLOSED}]}
+    return {"anyOf": [*one["anyOf"], {"type": "array", "items": one, "maxItems": MOST}]}
 
 
 def _urls(value: Any, field: str, meaning: str) -> tuple[str, ...]:
@@ -165,7 +184,7 @@ OPTIONS: dict[str, Option] = {
     "MODEL_ID": text("the model", _SERVERS, "stabilityai/sdxl-turbo"),
     "HF_MODEL_ID": text("its id on the hub, where that is another", "`MODEL_ID`", "stabilityai/sdxl-turbo"),
     "MODEL_REVISION": text("its revision: a branch, tag or commit", "its newest", "main"),
-    "MODEL_PRECISION": text('`fp32` (also `""`), `fp16` or `bf16`', _SERVERS, "fp16"),
+    "MODEL_PRECISION": choice('which files, and what is computed in; `""` is fp32', _SERVERS, "fp16", PRECISIONS),
     "MODEL_URL": text(
         "where it lies, or is to be kept: s3://…, https://…", "none", "s3://bucket/model.tar.zst", _LONGEST_URL
     ),
@@ -216,10 +235,11 @@ OPTIONS: dict[str, Option] = {
         kind="string, or strings: one for each image",
         meaning="upload the images instead: an http(s) URL that takes a PUT, or `s3://` in the server's own bucket",
         default="none", example="s3:///bucket/folder/name.png", check=_urls,
+        schema=_URLS,
     ),
     "dest_url": Option(
         kind="the same", meaning="another name of `output_url`", default="none", example="https://host/presigned?…",
-        check=_urls,
+        check=_urls, schema=_URLS,
     ),
     "output": words(
         "what comes beside the images: `latents`, `intermediate_latents` (after each step), the `mask` of inpainting",
@@ -235,16 +255,19 @@ OPTIONS: dict[str, Option] = {
         kind="string or object, or a list of them",
         meaning="LoRAs: `ADDRESS#scale=0.8`, and `&fname=` for a file of a repository (docs/adapters.md)",
         default="none", example=["demo/adapters/outlined.safetensors#scale=0.8"], check=_adapters(LORA),
+        schema=_adapters_schema(LORA),
     ),
     "textual_inversions": Option(
         kind="string or object, or a list of them",
         meaning="textual inversions: `ADDRESS#token=<word>` (docs/adapters.md)",
         default="none", example=["demo/adapters/sun.safetensors#token=<sun>"], check=_adapters(INVERSION),
+        schema=_adapters_schema(INVERSION),
     ),
     "streamEvents": flag("answer with a stream of events, one JSON object a line"),
     "preview": Option(
         kind="`true`, or integer", meaning="a small picture after every so many steps; true: about four in all",
         default="none", example=True, check=_preview,
+        schema={"anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 1, "maximum": _MOST_STEPS}]},
     ),
     "async": flag("answer at once with the id of a job for later"),
     "startRequestId": text("the client's own id; returned in $meta, and in events", "none", "order-7"),
