@@ -12,6 +12,7 @@ from sanic.response import HTTPResponse
 
 from api.http import (
     cors,
+    docs,
     errors,
     health,
     jobs,
@@ -93,7 +94,7 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
         service.watch.answered(request.method, route_of(request), response.status, took / 1000)
 
     parts = (
-        keys, cors, native, plan, jobs, runpod, health, metrics, models, schedulers, usage, webhooks,
+        keys, cors, native, plan, jobs, runpod, health, metrics, models, schedulers, usage, webhooks, docs,
     )  # fmt: skip
     for part in parts:
         part.register(app)

@@ -48,7 +48,7 @@ def test_every_route_is_listed() -> None:
     routes = [(re.sub(r"<(\w+)(:\w+)?>", r"{\1}", "/" + route.path), route.methods) for route in app.router.routes]
     served = {f"{method} {path}" for path, methods in routes for method in methods - {"HEAD", "OPTIONS"}}
     told = re.findall(
-        r"`((?:GET|POST|PUT|DELETE) /[\w/{}]*)`", (ROOT / "README.md").read_text().split("## Other routes")[1]
+        r"`((?:GET|POST|PUT|DELETE) /[\w/{}.]*)`", (ROOT / "README.md").read_text().split("## Other routes")[1]
     )
     as_runpod = {route for route in served if re.match(r"\w+ /v[12]/\{endpoint\}/", route)}
     assert served - as_runpod - {"POST /"} == set(told)

@@ -16,7 +16,7 @@ ALLOWED = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"http", "service", "models", "schema", "settings", "errors", "logs", "__init__"},
-    "http": {"service", "models", "schema", "settings", "errors"},
+    "http": {"service", "models", "schema", "settings", "errors", "__init__"},
     "service": {"models", "schema", "settings", "errors", "order"},
     "models": {"schema", "settings", "errors"},
     "worker": {"engine", "schema", "settings", "errors", "logs"},
