@@ -160,11 +160,12 @@ def _unknown(model_id: str, workers: list[Worker]) -> ApiError:
 
 def _read(body: dict[str, Any], tiers: tuple[str, ...], default: str) -> tuple[dict[str, Any], str]:
     """The ``callInputs`` of a body, which may stand in it by that name, and the tier."""
-    nested = body.get("callInputs") or {}
+    nested = {} if body.get("callInputs") is None else body["callInputs"]
     if not isinstance(nested, dict):
         raise ApiError("INVALID_INPUTS", "Must be an object.", field="callInputs")
     options = {**{name: value for name, value in body.items() if name != "callInputs"}, **nested}
-    tier = options.pop("tier", None) or default
+    tier = options.pop("tier", None)
+    tier = default if tier is None else tier
     if tier not in tiers:
         message = f"Must be one of {', '.join(tiers)}."
         raise ApiError("INVALID_INPUTS", message, field="tier", requested=tier, available=list(tiers))
