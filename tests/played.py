@@ -112,14 +112,13 @@ class Site:
 
     Args:
         settings: its configuration.
-        name: of the Sanic app.
     """
 
-    def __init__(self, settings: Settings, name: str) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.service = Service(settings)
         self.players = [Player(worker) for worker in self.service.dispatcher.workers]
-        self.app = build_app(self.service, name)
         self.port = free_port()
+        self.app = build_app(self.service, f"played-{self.port}")
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
@@ -128,7 +127,7 @@ class Site:
 def playing(state_dir: Path, **environ: str) -> Iterator[Site]:
     """A server with a played worker, which listens until the end of the block."""
     settings = Settings.from_env({"STATE_DIR": str(state_dir), "DEVICES": "cpu", "RUNTIME_DOWNLOADS": "0", **environ})
-    site = Site(settings, f"played-{state_dir.name}")
+    site = Site(settings)
     loop, began, end = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
     async def serve() -> None:

@@ -38,6 +38,8 @@ REQUESTS: dict[str, Any] = {
         "modelInputs": {**FIRST["modelInputs"], "guidance_scale": 5},
         "callInputs": {"MODEL_ID": "demo/shapes", "SCHEDULER": "DDIMScheduler", "image_format": "WEBP"},
     },
+    "watched": {**FIRST, "callInputs": {"streamEvents": True}},
+    "for later": {**FIRST, "callInputs": {"async": True}},
     "two images": {"modelInputs": {**FIRST["modelInputs"], "num_images_per_prompt": 2, "seed": [1, 2]}},
 }
 KEY = header(
