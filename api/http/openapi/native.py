@@ -48,11 +48,14 @@ KEY = header(
     "Makes it safe to send a job for later again: the same key is the same job, for as long as the job is known.",
 )
 ACCEPTED_HEADERS: dict[str, Schema] = {"Location": text("where the job is")}
-JOB_ID = {"parameters": {"id": "$response.body#/id"}}
+_FIRST_IMAGE = {"id": "$response.body#/id", "n": "0"}
+_JOB = {"id": "$response.body#/id"}
 LINKS = {
-    "look": {"operationId": "getJob", "description": "look at it", **JOB_ID},
-    "watch": {"operationId": "getJobEvents", "description": "watch it", **JOB_ID},
-    "cancel": {"operationId": "cancelJob", "description": "cancel it", **JOB_ID},
+    "look": {"operationId": "getJob", "parameters": _JOB},
+    "watch": {"operationId": "getJobEvents", "parameters": _JOB},
+    "fetch": {"operationId": "getJobImage", "parameters": _FIRST_IMAGE},
+    "peek": {"operationId": "getJobPreview", "parameters": _FIRST_IMAGE},
+    "cancel": {"operationId": "cancelJob", "parameters": _JOB},
 }
 
 
