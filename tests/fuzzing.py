@@ -28,7 +28,12 @@ use_after_free.enabled = false
 negative_data_rejection.expected-statuses = [{refused}]
 positive_data_acceptance.expected-statuses = [{accepted}, "431"]
 
-# Which inputs go together depends on the model and its pipeline; and an image may have another number
+# The job is there, its pictures are not yet
+[[operations]]
+include-operation-id = ["getJobImage", "getJobPreview"]
+checks.ensure_resource_availability.enabled = false
+
+# Which inputs go together depends on the model and its pipeline
 [[operations]]
 include-operation-id = [{free}]
 checks.positive_data_acceptance.expected-statuses = [{accepted}, "431", "400", "422"]

@@ -1,18 +1,20 @@
-"""A real HTTP server in this process whose worker is played: it answers at once, and computes nothing."""
+"""A real server whose worker is played inside it: it answers at once, and computes nothing.
+
+``python -m tests.played serve`` is ``python -m api serve`` with it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import io
-import threading
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 from PIL import Image
 
-from api.http.app import build_app
+from api.cli.main import main
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
 from api.schema.images import IMAGE_FORMATS
 from api.schema.messages import (
@@ -34,10 +36,8 @@ from api.schema.messages import (
     Unload,
     parse_to_worker,
 )
-from api.service.service import Service
 from api.service.workers import Worker
-from api.settings import Settings
-from tests.running import free_port
+from tests.running import Server
 
 _BYTES = 1000
 
@@ -52,7 +52,6 @@ class Player:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.models: dict[str, Held] = {}
-        worker.start = self.start  # type: ignore[method-assign]
         worker._write = self.receive  # type: ignore[method-assign]
 
     def start(self) -> None:
@@ -107,49 +106,24 @@ class Player:
         )
 
 
-class Site:
-    """A running server.
+class Played(Server):
+    """Such a server in its own process."""
 
-    Args:
-        settings: its configuration.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.service = Service(settings)
-        self.players = [Player(worker) for worker in self.service.dispatcher.workers]
-        self.port = free_port()
-        self.app = build_app(self.service, f"played-{self.port}")
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+    module = "tests.played"
 
 
 @contextlib.contextmanager
-def playing(state_dir: Path, **environ: str) -> Iterator[Site]:
-    """A server with a played worker, which listens until the end of the block."""
-    settings = Settings.from_env({"STATE_DIR": str(state_dir), "DEVICES": "cpu", "RUNTIME_DOWNLOADS": "0", **environ})
-    site = Site(settings)
-    loop, began, end = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
-
-    async def serve() -> None:
-        server = await site.app.create_server(
-            host="127.0.0.1", port=site.port, return_asyncio_server=True, access_log=False
-        )
-        assert server is not None
-        await server.startup()
-        await server.before_start()
-        await server.start_serving()
-        began.set()
-        await end.wait()
-        await server.before_stop()
-        await server.close()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
-    thread.start()
-    assert began.wait(60)
+def playing(folder: Path, **environ: str) -> Iterator[Played]:
+    """A server with a played worker; its models and its state are in the folder."""
+    said = {"MODELS_DIR": str(folder), "DEVICES": "cpu", "RUNTIME_DOWNLOADS": "0", **environ}
+    server = Played(said, folder / "server.log")
     try:
-        yield site
+        server.wait_ready()
+        yield server
     finally:
-        site.client.close()
-        loop.call_soon_threadsafe(end.set)
-        thread.join(60)
-        loop.close()
+        server.stop()
+
+
+if __name__ == "__main__":
+    Worker.start = lambda worker: Player(worker).start()  # type: ignore[method-assign]
+    sys.exit(main())

@@ -43,6 +43,8 @@ def free_port() -> int:
 class Server:
     """A running server and a client for it."""
 
+    module = "api"
+
     def __init__(self, environ: dict[str, str], log: Path) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -58,7 +60,7 @@ class Server:
         }
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "api", "serve"],
+            [sys.executable, "-m", self.module, "serve"],
             cwd=ROOT,
             env=env,
             stdout=log.open("w"),

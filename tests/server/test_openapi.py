@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fuzzing import closed, fuzz
-from tests.played import Site, playing
+from tests.played import Played, playing
 from tests.running import Server, running
 
 LIMITS = {"MAX_STEPS": "4", "MAX_PIXELS": "16384", "MAX_IMAGES": "2", "MAX_BODY": "1MiB", "RUNTIME_DOWNLOADS": "0"}
@@ -22,9 +22,9 @@ CALL_INPUTS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with playing(tmp_path / "state", MODELS_DIR=str(tmp_path), **LIMITS) as site:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+    with playing(tmp_path_factory.mktemp("played"), **LIMITS) as site:
         yield site
 
 
@@ -47,13 +47,13 @@ def valid_inputs(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def test_any_request_gets_an_answer_that_is_described(site: Site, tmp_path: Path) -> None:
+def test_any_request_gets_an_answer_that_is_described(site: Played, tmp_path: Path) -> None:
     document = fewer_inputs(closed(site.client.get("/openapi.json").json()))
     fuzz(site.url, document, tmp_path, "examples,coverage,fuzzing", 2)
     assert site.client.get("/health/ready").json()["state"] == "READY"
 
 
-def test_one_request_after_the_other(site: Site, tmp_path: Path) -> None:
+def test_one_request_after_the_other(site: Played, tmp_path: Path) -> None:
     """What one answers is sent with the next: a job is made, looked at, watched, cancelled, its picture fetched."""
     document = valid_inputs(closed(site.client.get("/openapi.json").json()))
     arguments = ("--mode", "positive", "--include-tag", "Jobs for later")

@@ -67,7 +67,7 @@ class Reader:
 
 
 def test_requests_of_the_http_file_work_one_after_the_other(tmp_path: Path) -> None:
-    with playing(tmp_path / "state", MODELS_DIR=str(tmp_path)) as site:
+    with playing(tmp_path) as site:
         reader = Reader(HTTP.read_text(), site.client)
         answers = list(reader.send())
         described = site.client.get("/openapi.json").json()["paths"]

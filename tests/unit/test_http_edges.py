@@ -7,18 +7,17 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.played import Site, playing
+from tests.played import Played, playing
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("played")
-    with playing(folder / "state", MODELS_DIR=str(folder), MAX_BODY="1MiB") as site:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+    with playing(tmp_path_factory.mktemp("played"), MAX_BODY="1MiB") as site:
         yield site
 
 
 @pytest.fixture(scope="module")
-def job(site: Site) -> str:
+def job(site: Played) -> str:
     body = {"modelInputs": {"prompt": "x", "num_inference_steps": 1}}
     job_id: str = site.client.post("/jobs", json=body).json()["id"]
     while site.client.get(f"/jobs/{job_id}").json()["state"] != "COMPLETED":
@@ -30,13 +29,13 @@ def code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["$error"]["code"]
 
 
-def test_an_error_can_tell_a_header_that_is_no_utf_8(site: Site, job: str) -> None:
+def test_an_error_can_tell_a_header_that_is_no_utf_8(site: Played, job: str) -> None:
     answer = site.client.get(f"/jobs/{job}/events", headers={"Last-Event-ID": b"\x84"})
     assert code(answer) == (400, "INVALID_INPUTS")
     assert answer.json()["$error"]["field"] == "Last-Event-ID"
 
 
-def test_where_to_go_on_is_checked_in_both_places(site: Site, job: str) -> None:
+def test_where_to_go_on_is_checked_in_both_places(site: Played, job: str) -> None:
     answer = site.client.get(f"/jobs/{job}/events?after=x", headers={"Last-Event-ID": "1"})
     assert code(answer) == (400, "INVALID_INPUTS")
     assert answer.json()["$error"]["field"] == "after"
@@ -44,13 +43,13 @@ def test_where_to_go_on_is_checked_in_both_places(site: Site, job: str) -> None:
     assert both.text.startswith("id: 3\n")
 
 
-def test_an_image_that_a_job_does_not_have(site: Site, job: str) -> None:
+def test_an_image_that_a_job_does_not_have(site: Played, job: str) -> None:
     assert code(site.client.get(f"/jobs/{job}/images/1")) == (404, "NOT_FOUND")
     assert code(site.client.get(f"/jobs/{job}/images/x")) == (400, "INVALID_INPUTS")
     assert site.client.get(f"/jobs/{job}/images/0").status_code == 200
 
 
-def test_an_address_that_is_too_long_is_not_a_body_that_is(site: Site) -> None:
+def test_an_address_that_is_too_long_is_not_a_body_that_is(site: Played) -> None:
     for answer in (
         site.client.get("/schedulers", params={"MODEL_URL": "x" * 9000}),
         site.client.get("/models", headers={"X-Long": "x" * 9000}),

@@ -17,7 +17,7 @@ from api.http.app import build_app
 from api.http.openapi.document import TAGS, document, operations, routes
 from api.service.service import Service
 from api.settings import Settings
-from tests.played import Site, playing
+from tests.played import Played, playing
 
 SETTINGS = Settings.from_env({})
 SERVED = routes(build_app(Service(SETTINGS), "openapi-test"))
@@ -101,23 +101,22 @@ def test_with_legacy_status_an_error_may_be_a_200() -> None:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("played")
-    with playing(folder / "state", MODELS_DIR=str(folder)) as site:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+    with playing(tmp_path_factory.mktemp("played")) as site:
         yield site
 
 
-def raw(site: Site, path: str, **headers: str) -> tuple[httpx.Response, bytes]:
+def raw(site: Played, path: str, **headers: str) -> tuple[httpx.Response, bytes]:
     """An answer, and its body as it came."""
     with site.client.stream("GET", path, headers={"Accept-Encoding": "identity", **headers}) as answer:
         return answer, b"".join(answer.iter_raw())
 
 
-def test_it_is_served(site: Site) -> None:
-    assert site.client.get("/openapi.json").json() == document(site.service.settings, routes(site.app))
+def test_it_is_served(site: Played) -> None:
+    assert site.client.get("/openapi.json").json() == DOCUMENT
 
 
-def test_the_page_loads_nothing_from_anywhere_else(site: Site) -> None:
+def test_the_page_loads_nothing_from_anywhere_else(site: Played) -> None:
     page, body = raw(site, "/docs")
     policy = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
@@ -136,7 +135,7 @@ def test_the_page_loads_nothing_from_anywhere_else(site: Site) -> None:
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/docs/swagger-ui-bundle.js"])
-def test_large_files_come_compressed_and_once(site: Site, path: str) -> None:
+def test_large_files_come_compressed_and_once(site: Played, path: str) -> None:
     _, plain = raw(site, path)
     answer, packed = raw(site, path, **{"Accept-Encoding": "gzip, br"})
     assert answer.headers["content-encoding"] == "gzip"
@@ -147,7 +146,7 @@ def test_large_files_come_compressed_and_once(site: Site, path: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["no.js", "LICENSE", "..%2Fdocs.py", "%2Fetc%2Fpasswd"])
-def test_nothing_else_is_served(site: Site, name: str) -> None:
+def test_nothing_else_is_served(site: Played, name: str) -> None:
     answer = site.client.get(f"/docs/{name}")
     assert answer.status_code == 404
     assert answer.json()["$error"]["code"] == "NOT_FOUND"
