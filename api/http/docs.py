@@ -1,7 +1,7 @@
 """``GET /openapi.json`` and ``GET /docs``: what can be asked, for programs and for people.
 
-The page is Swagger UI 5.35.0 as its makers publish it (``swagger_ui/``, Apache-2.0), served from here: nothing is loaded from
-anywhere else, and its Content-Security-Policy sees to that.
+The page is Swagger UI 5.35.0 as its makers publish it (``swagger_ui/``, Apache-2.0), served from here: nothing is
+loaded from anywhere else, and its Content-Security-Policy sees to that.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ TAGS = {
     "Documents": "This description.",
 }
 _EVERYWHERE = ("HEADERS_TOO_LARGE", "INTERNAL_ERROR")
-_SECURITY = [{"bearer": []}, {"basic": []}]
+_SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"basic": []}]
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of API_KEYS."},
     "basic": {"type": "http", "scheme": "basic", "description": "A key of API_KEYS as the password, any user name."},

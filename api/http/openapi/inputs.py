@@ -11,7 +11,7 @@ from api.service.options import LATER, OPTIONS
 from api.settings import Settings
 
 NOT_SENT: Schema = {"enum": [None, ""], "description": "The same as if it had not been sent."}
-_EMPTY = [None, "", False, 0, [], {}]
+_EMPTY: list[Any] = [None, "", False, 0, [], {}]
 
 
 def schemas(settings: Settings) -> dict[str, Schema]:

@@ -10,6 +10,7 @@ from api.http.openapi.parts import (
     Body,
     Operation,
     Operations,
+    Schema,
     array,
     header,
     maybe,
@@ -54,7 +55,7 @@ _EVENT_EXAMPLE = {"seq": 1, "type": "state", "state": "IN_QUEUE", "time": 179528
 def operations(_: Settings) -> Operations:
     """All of them."""
     listed = obj({"jobs": array(obj(ABOUT, *UNTIL_THEN))})
-    pictures = {found.content_type: {} for found in IMAGE_FORMATS.values()}
+    pictures: dict[str, Schema] = {found.content_type: {} for found in IMAGE_FORMATS.values()}
     events = obj(
         {"id": text(), "state": STATE, "queuePosition": whole(minimum=1), "events": array(_EVENT)}, "queuePosition"
     )

@@ -75,7 +75,7 @@ def operations(settings: Settings) -> Operations:
         {"anyOf": [ref("StreamEvent"), result, ref("Error")]},
         description="A JSON object in each line, as things happen; the last one is the answer, or an error.",
     )
-    images = {media_type: {} for media_type in IMAGE_TYPES}
+    images: dict[str, Schema] = {media_type: {} for media_type in IMAGE_TYPES}
     return {
         "POST /": Operation(
             id="generate",
