@@ -29,7 +29,7 @@ from api.schema.images import IMAGE_FORMATS
 from api.settings import Settings
 
 _ID = path("id", text(minLength=1), "what `POST /jobs` answered", "15dfccd203f24d9f")
-_NUMBER = path("n", text(pattern="^[0-9]{1,20}$"), "the number of the image, from 0", "0")
+_NUMBER = path("n", text(pattern="^[0-9]{1,18}$"), "the number of the image, from 0", "0")
 _EVENT = obj(
     {
         "seq": whole("its number among the events of the job", 1),
