@@ -277,7 +277,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "SIGN_KEY": Option(
         kind="string", meaning="what these are signed with", default=_SERVERS, example="a long random text",
-        check=_secret,
+        check=_secret, schema={"type": "string", "maxLength": _LONGEST},
     ),
 }  # fmt: skip
 KNOWN = tuple(OPTIONS)
