@@ -10,16 +10,18 @@ from sanic import Sanic
 
 from api import __version__
 from api.errors import CODES
-from api.http.openapi import docs, health, inputs, jobs, models, native
+from api.http.openapi import docs, health, inputs, jobs, models, native, runpod, webhooks
 from api.http.openapi.parts import JSON, Answer, Operation, Operations, Schema, ref, text, whole
 from api.http.openapi.schemas import ERROR_EXAMPLE, SCHEMAS
 from api.settings import Settings
 
 VERSION = "3.1.1"
-TABLES = (native, jobs, models, health, docs)
+TABLES = (native, jobs, runpod, webhooks, models, health, docs)
 TAGS = {
     "Generate": "A request, and its images as the answer.",
     "Jobs for later": "Sent now, run when it is their turn, looked at when the client likes.",
+    "RunPod": "Jobs for later as RunPod's serverless API has them: its clients work as they are.",
+    "Webhooks": "Those that have not arrived.",
     "Models": "What there is, what it accepts, and where it is.",
     "Health": "For load balancers and people.",
     "Documents": "This description.",
@@ -93,7 +95,7 @@ def document(settings: Settings, served: Iterable[str]) -> dict[str, Any]:
         "security": [*([] if _needs_key(settings) else [{}]), *_SECURITY],
         "paths": paths,
         "components": {
-            "schemas": {**inputs.schemas(settings), **SCHEMAS},
+            "schemas": {**inputs.schemas(settings), **SCHEMAS, **runpod.schemas(settings)},
             "headers": _HEADERS,
             "securitySchemes": _SCHEMES,
         },
@@ -131,6 +133,8 @@ def _operation(found: Operation) -> dict[str, Any]:
         said["responses"][str(status)] = _error(codes, found)
     if found.open:
         said["security"] = []
+    if found.deprecated:
+        said["deprecated"] = True
     return said
 
 
@@ -159,11 +163,15 @@ def _answer(answer: Answer) -> dict[str, Any]:
 def _error(codes: list[str], found: Operation) -> dict[str, Any]:
     headers = ["X-Request-Id", *(["Retry-After"] if {"QUEUE_FULL", "NOT_READY"} & {*codes} else [])]
     only: Schema = {"properties": {"$error": {"properties": {"code": {"enum": codes}}}}}
-    schema = found.error or {"allOf": [ref("Error"), only]}
-    example = {"$error": {"code": codes[0], "message": CODES[codes[0]][1], "requestId": "3f0c9a1be2d47c55"}}
-    content: dict[str, Any] = {"schema": schema}
-    if found.error is None:
-        content["example"] = ERROR_EXAMPLE if "INVALID_INPUTS" in codes else example
+    example: dict[str, Any] = {
+        "$error": {"code": codes[0], "message": CODES[codes[0]][1], "requestId": "3f0c9a1be2d47c55"}
+    }
+    if "INVALID_INPUTS" in codes:
+        example = ERROR_EXAMPLE
+    if found.error != "Error":
+        said = example["$error"]
+        example = {"error": f"{said['code']}: {said['message']}", **example}
+    content = {"schema": {"allOf": [ref(found.error), only]}, "example": example}
     return {
         "description": "  \n".join(f"`{code}`: {CODES[code][1]}" for code in codes),
         "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in headers},

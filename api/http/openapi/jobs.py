@@ -29,6 +29,7 @@ from api.schema.images import IMAGE_FORMATS
 from api.settings import Settings
 
 _ID = path("id", text(minLength=1), "what `POST /jobs` answered", "15dfccd203f24d9f")
+OWN_ID = path("id", text(pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"), "such as a UUID", "my-own-id")
 _NUMBER = path("n", text(pattern="^[0-9]{1,18}$"), "the number of the image, from 0", "0")
 _EVENT = obj(
     {
@@ -70,6 +71,16 @@ def operations(_: Settings) -> Operations:
             description="The body is that of `POST /`, and `priority`. What can be said against it is said at once.",
             parameters=(KEY,),
             body=Body({JSON: ref("JobRequest")}, {"urgent": {**FIRST, "priority": "high"}, "an image": FIRST}),
+            answers={202: accepted()},
+            errors=(*ADMISSION, "QUEUE_FULL", "DISK_FULL"),
+        ),
+        "PUT /jobs/{id}": Operation(
+            id="putJob",
+            tag="Jobs for later",
+            summary="Send a job for later under an id of your own",
+            description="Sent again, it is the same job: the way to send it safely without a header.",
+            parameters=(OWN_ID, KEY),
+            body=Body({JSON: ref("JobRequest")}, {"an image": FIRST}),
             answers={202: accepted()},
             errors=(*ADMISSION, "QUEUE_FULL", "DISK_FULL"),
         ),

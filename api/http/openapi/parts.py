@@ -56,7 +56,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         answers: by status.
         errors: codes of ``api.errors.CODES``; what every route may answer is added.
         open: it needs no key where others do.
-        error: schema of the body of errors, where it is not the usual one.
+        error: name of the schema of errors.
+        deprecated: it is there for old clients.
     """
 
     id: str
@@ -68,7 +69,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     answers: dict[int, Answer]
     errors: tuple[str, ...] = ()
     open: bool = False
-    error: Schema | None = None
+    error: str = "Error"
+    deprecated: bool = False
 
 
 Operations: TypeAlias = dict[str, Operation]
