@@ -13,7 +13,7 @@ from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
 from api.errors import ApiError
-from api.http.accept import accept
+from api.http.accept import accept, key_of
 from api.http.errors import error_body, to_api_error
 from api.http.keys import owner_of
 from api.schema.generation import GenerationResult
@@ -38,7 +38,7 @@ def register(app: Sanic) -> None:
 async def generate(request: Request) -> HTTPResponse | None:
     """Answer one native request."""
     service = request.app.ctx.service
-    if "idempotency-key" not in request.headers:  # else it may be a job that is known
+    if key_of(request) is None:  # else it may be a job that is known
         service.dispatcher.check_room()
     model_inputs, call_inputs = parse_body(request.body)
     if call_inputs.get("async") in (True, 1):

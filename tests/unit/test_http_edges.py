@@ -56,3 +56,9 @@ def test_an_address_that_is_too_long_is_not_a_body_that_is(site: Played) -> None
     ):
         assert code(answer) == (431, "HEADERS_TOO_LARGE")
     assert code(site.client.post("/plan", content=b"x" * (2**20 + 1))) == (413, "BODY_TOO_LARGE")
+
+
+def test_a_key_that_cannot_be_one_is_told_where_it_is_not_used_too(site: Played) -> None:
+    body = {"modelInputs": {"prompt": "x", "num_inference_steps": 1}}
+    assert code(site.client.post("/", json=body, headers={"Idempotency-Key": "x" * 201})) == (400, "INVALID_INPUTS")
+    assert site.client.post("/", json=body, headers={"Idempotency-Key": "x"}).status_code == 200
