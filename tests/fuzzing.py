@@ -40,7 +40,10 @@ checks.positive_data_acceptance.expected-statuses = [{accepted}, "431", "400", "
 """
 _ACCEPTED = '"2xx", "401", "403", "404", "429"'
 _REFUSED = '"400", "403", "404", "405", "406", "413", "422", "429", "431"'
-_FREE = ("generate", "plan", "createJob", "loadModel", "unloadModel", "getModelSchema", "listSchedulers")
+_FREE = (
+    "generate", "plan", "createJob", "putJob", "loadModel", "unloadModel", "getModelSchema", "listSchedulers",
+    *(f"runpod{name}{version}" for name in ("Run", "RunSync", "Put", "Retry") for version in ("", "V1")),
+)  # fmt: skip
 
 
 def closed(document: dict[str, Any]) -> dict[str, Any]:
