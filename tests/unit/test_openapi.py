@@ -14,6 +14,7 @@ from openapi_spec_validator import validate
 
 from api.errors import CODES
 from api.http.app import build_app
+from api.http.keys import OPEN
 from api.http.openapi.document import TAGS, document, operations, routes
 from api.service.service import Service
 from api.settings import Settings
@@ -83,6 +84,19 @@ def test_errors_are_told_with_the_status_that_they_have() -> None:
         described = DOCUMENT["paths"][route.split()[1]][route.split()[0].lower()]["responses"]
         for code in operation.errors:
             assert code in described[str(CODES[code][0])]["description"], (route, code)
+
+
+def test_keys_are_needed_where_there_are_keys() -> None:
+    assert {} in DOCUMENT["security"]
+    keyed = document(Settings.from_env({"API_KEYS": "alice:a-key-of-some-length"}), SERVED)
+    assert keyed["security"] == [{"bearer": []}, {"basic": []}]
+    for path, methods in keyed["paths"].items():
+        for operation in methods.values():
+            is_open = operation.get("security") == []
+            assert is_open == (path in OPEN), path
+            assert ("401" in operation["responses"]) != is_open, path
+    assert "RATE_LIMITED" in keyed["paths"]["/jobs"]["post"]["responses"]["429"]["description"]
+    assert "401" not in DOCUMENT["paths"]["/jobs"]["post"]["responses"]
 
 
 def test_limits_are_those_of_the_server() -> None:

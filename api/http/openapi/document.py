@@ -10,23 +10,27 @@ from sanic import Sanic
 
 from api import __version__
 from api.errors import CODES
-from api.http.openapi import docs, health, inputs, jobs, models, native, runpod, webhooks
+from api.http.openapi import docs, health, inputs, jobs, models, native, runpod, usage, webhooks
 from api.http.openapi.parts import JSON, Answer, Operation, Operations, Schema, ref, text, whole
 from api.http.openapi.schemas import ERROR_EXAMPLE, SCHEMAS
 from api.settings import Settings
 
 VERSION = "3.1.1"
-TABLES = (native, jobs, runpod, webhooks, models, health, docs)
+TABLES = (native, jobs, runpod, webhooks, models, usage, health, docs)
 TAGS = {
     "Generate": "A request, and its images as the answer.",
     "Jobs for later": "Sent now, run when it is their turn, looked at when the client likes.",
     "RunPod": "Jobs for later as RunPod's serverless API has them: its clients work as they are.",
     "Webhooks": "Those that have not arrived.",
     "Models": "What there is, what it accepts, and where it is.",
+    "Keys": "What they have had, and what they may.",
     "Health": "For load balancers and people.",
     "Documents": "This description.",
 }
 _EVERYWHERE = ("HEADERS_TOO_LARGE", "INTERNAL_ERROR")
+_WITH_KEYS = ("UNAUTHORIZED", "TOO_MANY_WRONG_KEYS")
+_BEGINNING = ("RATE_LIMITED", "TOO_MANY_JOBS")
+"""Where there are keys, of what begins a job: that is, what may find the queue full."""
 _SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"basic": []}]
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key of API_KEYS."},
@@ -34,13 +38,15 @@ _SCHEMES = {
 }
 _HEADERS = {
     "X-Request-Id": {"description": "What the server's log knows the request by.", "schema": text()},
+    "WWW-Authenticate": {"description": "How a key is sent: `Bearer` or `Basic`.", "schema": text()},
     "Retry-After": {"description": "Seconds after which trying again makes sense.", "schema": whole(minimum=1)},
 }
 _DESCRIPTION = """\
 One container that serves diffusers models and switches between them per request.
 
 Errors have a true HTTP status and say what to change: `{"$error": {"code", "message", …}}`. Every answer has the header
-`X-Request-Id`; a client may choose it.
+`X-Request-Id`; a client may choose it. Where as many connections are open as the server takes, each request is answered
+with a 503 `TOO_MANY_CONNECTIONS`.
 """
 
 
@@ -80,7 +86,7 @@ def document(settings: Settings, served: Iterable[str]) -> dict[str, Any]:
     used = []
     for route, operation in operations(settings, sorted(served)).items():
         method, path = route.split(" ")
-        paths.setdefault(path, {})[method.lower()] = _operation(operation)
+        paths.setdefault(path, {})[method.lower()] = _operation(operation, settings)
         used.append(operation.tag)
     return {
         "openapi": VERSION,
@@ -103,7 +109,7 @@ def document(settings: Settings, served: Iterable[str]) -> dict[str, Any]:
 
 
 def _needs_key(settings: Settings) -> bool:
-    return bool(getattr(settings, "api_keys", ()))
+    return bool(settings.api_keys)
 
 
 def _head(operation: Operation) -> Operation:
@@ -118,7 +124,7 @@ def _head(operation: Operation) -> Operation:
     )
 
 
-def _operation(found: Operation) -> dict[str, Any]:
+def _operation(found: Operation, settings: Settings) -> dict[str, Any]:
     said: dict[str, Any] = {"operationId": found.id, "tags": [found.tag], "summary": found.summary}
     if found.description:
         said["description"] = found.description
@@ -129,7 +135,7 @@ def _operation(found: Operation) -> dict[str, Any]:
         next(iter(content.values()))["examples"] = _examples(found.body.examples)
         said["requestBody"] = {"required": found.body.required, "content": content}
     said["responses"] = {str(status): _answer(answer) for status, answer in found.answers.items()}
-    for status, codes in sorted(_by_status(found).items()):
+    for status, codes in sorted(_by_status(found, settings).items()):
         said["responses"][str(status)] = _error(codes, found)
     if found.open:
         said["security"] = []
@@ -138,9 +144,11 @@ def _operation(found: Operation) -> dict[str, Any]:
     return said
 
 
-def _by_status(found: Operation) -> dict[int, list[str]]:
+def _by_status(found: Operation, settings: Settings) -> dict[int, list[str]]:
     """The codes of an operation's errors, by status."""
     codes = dict.fromkeys((*found.errors, *_EVERYWHERE))
+    if _needs_key(settings) and not found.open:
+        codes |= dict.fromkeys((*_WITH_KEYS, *(_BEGINNING if "QUEUE_FULL" in codes else ())))
     by_status: dict[int, list[str]] = {}
     for code in codes:
         by_status.setdefault(CODES[code][0], []).append(code)
@@ -161,7 +169,11 @@ def _answer(answer: Answer) -> dict[str, Any]:
 
 
 def _error(codes: list[str], found: Operation) -> dict[str, Any]:
-    headers = ["X-Request-Id", *(["Retry-After"] if {"QUEUE_FULL", "NOT_READY"} & {*codes} else [])]
+    headers = ["X-Request-Id"]
+    if {"QUEUE_FULL", "NOT_READY", "TOO_MANY_WRONG_KEYS"} & {*codes}:
+        headers.append("Retry-After")
+    if "UNAUTHORIZED" in codes:
+        headers.append("WWW-Authenticate")
     only: Schema = {"properties": {"$error": {"properties": {"code": {"enum": codes}}}}}
     example: dict[str, Any] = {
         "$error": {"code": codes[0], "message": CODES[codes[0]][1], "requestId": "3f0c9a1be2d47c55"}
