@@ -13,9 +13,15 @@ from typing import Any
 
 from tests.running import ROOT
 
+KEY = "a-key-of-the-fuzzer-alone"
+WITH_KEY = {"API_KEYS": f"fuzzer:{KEY}", "WRONG_KEYS": "0"}
+"""How a server is started that is to be fuzzed."""
 CONFIG = """
 hooks = "tests.fuzz_hooks"
 continue-on-failure = true
+
+[auth.openapi]
+bearer = {{ bearer = "{key}" }}
 
 [generation]
 deterministic = {deterministic}
@@ -39,7 +45,7 @@ include-operation-id = [{free}]
 checks.positive_data_acceptance.expected-statuses = [{accepted}, "431", "400", "422"]
 """
 _ACCEPTED = '"2xx", "401", "403", "404", "429"'
-_REFUSED = '"400", "403", "404", "405", "406", "413", "422", "429", "431"'
+_REFUSED = '"400", "401", "403", "404", "405", "406", "413", "422", "429", "431"'
 _FREE = (
     "generate", "plan", "createJob", "putJob", "loadModel", "unloadModel", "getModelSchema", "listSchedulers",
     *(f"runpod{name}{version}" for name in ("Run", "RunSync", "Put", "Retry") for version in ("", "V1")),
@@ -101,7 +107,9 @@ def fuzz(
     described, config = folder / "openapi.json", folder / "schemathesis.toml"
     described.write_text(json.dumps(document))
     free = ", ".join(f'"{name}"' for name in _FREE)
-    said = CONFIG.format(deterministic=str(deterministic).lower(), accepted=_ACCEPTED, refused=_REFUSED, free=free)
+    said = CONFIG.format(
+        deterministic=str(deterministic).lower(), accepted=_ACCEPTED, refused=_REFUSED, free=free, key=KEY
+    )
     config.write_text(said)
     command = [
         Path(sys.executable).with_name("schemathesis"), "--config-file", config, "run", described, "--url", url,

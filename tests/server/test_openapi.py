@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 
-from tests.fuzzing import closed, fuzz
+from tests.fuzzing import KEY, WITH_KEY, closed, fuzz
 from tests.played import Played, playing
 from tests.running import Server, running
 
-LIMITS = {"MAX_STEPS": "4", "MAX_PIXELS": "16384", "MAX_IMAGES": "2", "MAX_BODY": "1MiB", "RUNTIME_DOWNLOADS": "0"}
+LIMITS = {
+    "MAX_STEPS": "4",
+    "MAX_PIXELS": "16384",
+    "MAX_IMAGES": "2",
+    "MAX_BODY": "1MiB",
+    "RUNTIME_DOWNLOADS": "0",
+    **WITH_KEY,
+}
 MODEL_INPUTS = {"prompt", "num_inference_steps", "seed", "cross_attention_kwargs"}
 CALL_INPUTS = {"MODEL_ID", "SCHEDULER", "output", "lora_weights", "async", "streamEvents", "tier", "pin", "callInputs"}
 
@@ -22,6 +29,7 @@ CALL_INPUTS = {"MODEL_ID", "SCHEDULER", "output", "lora_weights", "async", "stre
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     with playing(tmp_path_factory.mktemp("played"), **LIMITS) as site:
+        site.client.headers["Authorization"] = f"Bearer {KEY}"
         yield site
 
 
@@ -67,6 +75,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the demo model, whose limits keep valid requests cheap."""
     folder = tmp_path_factory.mktemp("fuzzed")
     with running({"MODELS_DIR": str(folder), **LIMITS}, folder / "server.log") as server:
+        server.client.headers["Authorization"] = f"Bearer {KEY}"
         yield server
 
 

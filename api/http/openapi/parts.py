@@ -144,7 +144,9 @@ def path(name: str, schema: Schema, description: str, example: Any) -> dict[str,
 
 
 def query(name: str, schema: Schema, description: str) -> dict[str, Any]:
-    """A parameter behind the question mark."""
+    """A parameter behind the question mark; an empty one is as if it had not been sent."""
+    if schema.get("type") != "string" or "enum" in schema:
+        schema = {"anyOf": [schema, {"type": "string", "maxLength": 0}]}
     return {"name": name, "in": "query", "description": description, "schema": schema}
 
 
