@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from api.errors import ApiError
 from api.schema.generation import GenerationResult
@@ -117,16 +120,16 @@ def result_of(size: int, images: int = 2, **more: Any) -> GenerationResult:
 
 
 async def test_an_output_that_is_too_large_says_what_to_do() -> None:
-    settings = Settings.from_env({})
+    configured = Settings.from_env({})
     small = result_of(RUN_LIMIT * 3 // 4 - 3000)
-    assert await within_limit(small, "PNG", "job", settings, sync=False) is small
+    assert await within_limit(small, "PNG", "job", configured, sync=False) is small
     large = result_of(RUN_LIMIT * 3 // 4 + 3)
-    assert await within_limit(large, "PNG", "job", settings, sync=True) is large
+    assert await within_limit(large, "PNG", "job", configured, sync=True) is large
     with pytest.raises(ApiError, match=r"10\.0 MB.*run gives 10 MB.*JPEG.*s3Config.*AWS_S3_DEFAULT_BUCKET") as caught:
-        await within_limit(large, "PNG", "job", settings, sync=False)
+        await within_limit(large, "PNG", "job", configured, sync=False)
     assert caught.value.code == "LIMIT_EXCEEDED"
     with pytest.raises(ApiError, match="runsync gives 20 MB"):
-        await within_limit(result_of(SYNC_LIMIT), "PNG", "job", settings, sync=True)
+        await within_limit(result_of(SYNC_LIMIT), "PNG", "job", configured, sync=True)
 
 
 async def test_it_goes_to_the_servers_bucket_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,10 +138,30 @@ async def test_it_goes_to_the_servers_bucket_where_there_is_one(monkeypatch: pyt
         return [f"link to {each.location.bucket}/{each.location.key}" for each in destinations]
 
     monkeypatch.setattr(output_limit, "upload", upload)
-    settings = Settings.from_env({"AWS_S3_DEFAULT_BUCKET": "ours"})
-    found = await within_limit(result_of(RUN_LIMIT), "WEBP", "job", settings, sync=False)
+    configured = Settings.from_env({"AWS_S3_DEFAULT_BUCKET": "ours"})
+    found = await within_limit(result_of(RUN_LIMIT), "WEBP", "job", configured, sync=False)
     assert found.urls == ["link to ours/runpod/job/0.webp", "link to ours/runpod/job/1.webp"]
     assert found.images == []
     with pytest.raises(ApiError, match="no latents"):  # they have no link
         latents = result_of(9, extras={"latents": bytes(RUN_LIMIT)})
-        await within_limit(latents, "WEBP", "job", settings, sync=False)
+        await within_limit(latents, "WEBP", "job", configured, sync=False)
+
+
+names = st.text(max_size=5) | st.sampled_from(
+    ["input", "policy", "webhook", "s3Config", "modelInputs", "callInputs", "prompt", "ttl", "objectPath", *S3]
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(list(S3.values())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(names, anything, max_size=5), st.booleans())
+def test_whatever_is_sent_is_read_or_refused(data: dict[str, Any], sync: bool) -> None:
+    with contextlib.suppress(ApiError):
+        asked = read_body(data, owner="", endpoint="e", sync=sync)
+        assert isinstance(asked.input.model_inputs, dict)
+        if asked.s3:
+            s3_destinations(asked.s3, 1, "PNG", "job")
