@@ -10,6 +10,7 @@ from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
 from api.errors import ApiError
+from api.http.accept import owner_of
 from api.service.webhooks import Webhooks
 from api.service.webhooks_outbox import STATES, Entry
 
@@ -33,13 +34,13 @@ async def listed(request: Request) -> HTTPResponse:
     if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:20]) <= _MOST_LISTED):
         message = f"Must be a whole number from 1 to {_MOST_LISTED}."
         raise ApiError("INVALID_INPUTS", message, field="limit", requested=limit)
-    found = await _webhooks(request).listed(state, _owner(request), int(limit))
+    found = await _webhooks(request).listed(state, owner_of(request), int(limit))
     return _json({"webhooks": [_about(entry) for entry in found]})
 
 
 async def redeliver(request: Request, id: str) -> HTTPResponse:
     """Send one that was given up again, as if it were new; one that waits, now."""
-    return _json(_about(await _webhooks(request).redeliver(id, _owner(request))), status=202)
+    return _json(_about(await _webhooks(request).redeliver(id, owner_of(request))), status=202)
 
 
 def _about(entry: Entry) -> dict[str, Any]:
@@ -66,10 +67,6 @@ def _about(entry: Entry) -> dict[str, Any]:
 def _webhooks(request: Request) -> Webhooks:
     webhooks: Webhooks = request.app.ctx.service.webhooks
     return webhooks
-
-
-def _owner(request: Request) -> str:
-    return getattr(request.ctx, "owner", "")
 
 
 def _json(body: dict[str, Any], status: int = 200) -> HTTPResponse:

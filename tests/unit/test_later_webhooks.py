@@ -48,7 +48,7 @@ class Service:
         self.told: list[Any] = []
         self.later: Later
 
-    def hook(self, call_inputs: dict[str, Any], *, job: str, owner: str = "") -> Hook:
+    def hook(self, call_inputs: dict[str, Any], *, job: str, owner: str) -> Hook:
         assert call_inputs == CALL
         return Hook(self.later, job, self.told)
 
