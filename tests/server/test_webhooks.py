@@ -15,7 +15,7 @@ import pytest
 
 from tests import shapes
 from tests.hub import HubStandIn
-from tests.receiver import Got, Receiver, check_signatures, receiving
+from tests.receiver import Got, Receiver, check_headers, check_signatures, receiving
 from tests.running import Server, running
 from tests.server.test_wire import capture, same_shape
 from tests.sources import TOKEN, Bucket, environ, moto
@@ -219,6 +219,17 @@ def test_jobs_for_later_that_are_cancelled(own: Server, receiver: Receiver) -> N
         own.client.delete(f"/jobs/{job}")
     (last,) = [one for one in found if one.event["payload"].get("jobId") == crowd[-1]]
     assert (last.name, last.event["payload"]["code"]) == (("inference", "error"), "CANCELLED")
+
+
+def test_a_job_of_runpods_tells_its_end(own: Server, receiver: Receiver) -> None:
+    webhook = receiver.url.replace("/hook", "/runpod")
+    sent = {"input": {"modelInputs": SMALL, "callInputs": {}}, "webhook": webhook}
+    job = own.client.post("/v2/local/run", json=sent).json()["id"]
+    (found,) = receiver.wait(lambda found: found, "/runpod")
+    body = json.loads(found.body)
+    assert (body["id"], body["status"]) == (job, "COMPLETED")
+    assert body["output"]["image_base64"]
+    check_headers(found, "k3y-of-the-server")
 
 
 def test_what_is_given_up_can_be_sent_again(own: Server, receiver: Receiver) -> None:
