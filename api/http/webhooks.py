@@ -10,7 +10,7 @@ from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
 from api.errors import ApiError
-from api.http.accept import owner_of
+from api.http.keys import owner_of
 from api.service.webhooks import Webhooks
 from api.service.webhooks_outbox import STATES, Entry
 

@@ -359,7 +359,7 @@ class Later:
         about = {"request_id": turn.request_id, "job_id": turn.id}
         self.watch.turn(turn.id)
         inputs = msgspec.json.decode(turn.inputs)
-        hook = self._service.webhooks.hook(inputs["callInputs"], job=turn.id, owner=turn.terms.owner)
+        hook = self._hook(turn.id, inputs, turn.terms.owner)
         if hook:
             hook.begin()
             self._hooks[turn.id] = hook
@@ -398,11 +398,15 @@ class Later:
         if before is not None and job_id in self._running:
             self._running[job_id][0].cancel()
 
+    def _hook(self, job_id: str, inputs: dict[str, Any], owner: str) -> Hook | None:
+        return self._service.webhooks.hook(inputs["callInputs"], job=job_id, owner=owner)
+
     async def _end_from_outside(self, job_id: str, error: ApiError) -> JobState | None:
         """End a job, and tell the receiver of its webhooks."""
         hook = self._hooks.get(job_id)
         if hook is None and (inputs := await self.ledger.call(self._store.inputs, job_id)):
-            hook = self._service.webhooks.hook(msgspec.json.decode(inputs)["callInputs"], job=job_id)
+            entry = await self.ledger.call(self._store.get, job_id)
+            hook = self._hook(job_id, msgspec.json.decode(inputs), entry.owner if entry else "")
         before = await self.ledger.end(job_id, error)
         if hook and before is not None:
             hook.begin()
