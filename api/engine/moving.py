@@ -16,7 +16,7 @@ from api.engine.calls import Cancelled
 from api.engine.host import TICK, HostParts
 from api.engine.offload import Offloaded
 from api.engine.parts import HostPart, Loader, PartSpec, Run
-from api.engine.spent import Rate, Spent, measuring
+from api.engine.spent import SPANS, Rate, Spent, measuring
 from api.engine.tally import Tally
 from api.engine.tiers import Tiers
 from api.schema.generation import ModelRef
@@ -43,6 +43,7 @@ class Reservation:
     def spent(self, on: str, began: float) -> None:
         """What began then (``time.perf_counter``) is over."""
         self.seconds[on] += time.perf_counter() - began
+        SPANS.note(on, began)
 
 
 class Mover:

@@ -41,6 +41,7 @@ class Runs:
         self._waiting = waiting
         self._curves: dict[Any, Curve] = {}
         self._singly: set[tuple[str, str]] = set()
+        self._known: set[tuple[str, str]] = set()
         self.count = 0
 
     def curve(self, call: Call) -> Curve:
@@ -137,6 +138,11 @@ class Runs:
     def _timed(self, batch: list[Call], function: Callable[[], Any], rows: int | None = None) -> Any:
         """Make a call for these jobs, and note how long the device was at it."""
         self.count += 1
+        what = batch[0].owner, batch[0].name
+        if batch[0].mergeable and what not in self._known:
+            # with the time of the log line, it says how long a cold start took to come so far
+            self._known.add(what)
+            log.info("the first call of %s.%s", *what)
         counts = [call.rows if rows is None else rows for call in batch]
         tickets = [call.ticket for call in batch]
         curve = self.curve(batch[0])

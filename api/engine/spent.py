@@ -28,6 +28,30 @@ class Spent:
     copy: float = 0.0
 
 
+class Spans:
+    """From when to when something was done, by what: from the first time it began to the last time it ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spans: dict[str, tuple[float, float]] = {}
+
+    def note(self, on: str, began: float) -> None:
+        """What began then (``time.perf_counter``) is over."""
+        now = time.perf_counter()
+        with self._lock:
+            first, last = self._spans.get(on, (began, now))
+            self._spans[on] = min(first, began), max(last, now)
+
+    def all(self) -> dict[str, tuple[float, float]]:
+        """Beginning and end, by what."""
+        with self._lock:
+            return dict(self._spans)
+
+
+SPANS = Spans()
+"""Of all loading in this process."""
+
+
 class Rate:
     """How many bytes a second go one way, by the last ones that went."""
 
@@ -71,3 +95,4 @@ def spending(on: str) -> Iterator[None]:
     finally:
         if spent is not None:
             setattr(spent, on, getattr(spent, on) + time.perf_counter() - began)
+        SPANS.note(on, began)

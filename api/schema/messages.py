@@ -88,6 +88,7 @@ class Ready(msgspec.Struct, tag=True):
     Attributes:
         ready_ms: from its first line until its warm models were in memory.
         torch_ms: the part of it until torch was imported.
+        phases: beginning and end of what it did meanwhile, by name: ``time.perf_counter``, one clock for all processes.
     """
 
     device: str
@@ -96,6 +97,7 @@ class Ready(msgspec.Struct, tag=True):
     ready_ms: int
     torch_ms: int
     slots: int
+    phases: dict[str, tuple[float, float]] = {}
 
 
 class Held(msgspec.Struct):

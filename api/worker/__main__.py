@@ -13,6 +13,7 @@ from api import logs
 from api.schema.messages import Load, Ready
 from api.settings import Settings
 from api.worker.link import Link
+from api.worker.postponed import postpone
 
 
 def _quiet_libraries() -> None:
@@ -58,14 +59,19 @@ def main() -> None:
 
     import torch  # noqa: F401  first, to know how long the rest takes
 
-    torch_ms = round((time.perf_counter() - began) * 1000)
+    imported = time.perf_counter()
+    torch_ms = round((imported - began) * 1000)
     from api.engine.device import Device
 
     device = Device(args.device, required=bool(settings.devices))  # that there is none is known before diffusers is
 
     _without_peft()
+    postpone("scipy.stats")
+    postpone("scipy.integrate")
+    postpone("scipy.optimize", ["linear_sum_assignment"])
     from api.engine.budgets import budgets, host_memory
     from api.engine.generate import Engine
+    from api.engine.spent import SPANS
     from api.worker.worker import Worker
 
     _quiet_libraries()
@@ -78,7 +84,8 @@ def main() -> None:
         adapters_limit=settings.adapters_limit,
         embeddings_limit=settings.embeddings_limit,
     )
-    init_ms = round((time.perf_counter() - began) * 1000)
+    started = time.perf_counter()
+    init_ms = round((started - began) * 1000)
     gc.freeze()
     gc.enable()
     worker = Worker(link, engine, settings.max_concurrency, init_ms)
@@ -89,7 +96,8 @@ def main() -> None:
         worker.warm(first)
     ready_ms = round((time.perf_counter() - began) * 1000)
     slots = settings.max_concurrency
-    link.send(Ready(str(device.torch), device.name, engine.versions, ready_ms, torch_ms, slots))
+    phases = {"torch": (began, imported), "diffusers": (imported, started), **SPANS.all()}
+    link.send(Ready(str(device.torch), device.name, engine.versions, ready_ms, torch_ms, slots, phases))
     worker.serve()
 
 
