@@ -112,6 +112,11 @@ class Dispatcher:
         for worker in self.workers:
             worker.warm(load)
 
+    @property
+    def warm_models(self) -> list[ModelRef]:
+        """The models that every worker is to have in memory."""
+        return [load.model for load in self._warm]
+
     def folders(self) -> set[str]:
         """Names of the folders that jobs, warm and pinned models need. May be called from any thread."""
         refs = [job.request.model for job in list(self._jobs.values())] + [load.model for load in list(self._warm)]

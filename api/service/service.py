@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,7 @@ from api.service.later import Later
 from api.service.limits import Limits
 from api.service.metrics import Metrics
 from api.service.schedulers import check_name
+from api.service.spawning import devices
 from api.service.tracing import open_tracing
 from api.service.upload import upload
 from api.service.usage import Usage
@@ -43,21 +42,6 @@ from api.settings import Settings
 log = logging.getLogger("api.service")
 
 _THREADS = 32
-
-
-def devices(settings: Settings) -> tuple[str, ...]:
-    """The devices to start workers for: DEVICES, or every NVIDIA GPU there is, or the CPU.
-
-    Asks the file system, not torch, which this process must not import.
-    """
-    if settings.devices:
-        return settings.devices
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        count = len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    else:
-        count = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in Path("/dev").iterdir())
-    return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
 
 
 class Service:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,23 +38,10 @@ from api.schema.messages import (
     frame,
     parse_from_worker,
 )
+from api.service.spawning import Spawned, command, environment
 
 log = logging.getLogger("api.workers")
 
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
-"""A worker reads models from disk and nowhere else."""
-PREFERENCES = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
-}
-"""What the environment may say otherwise.
-
-Threads that spin at a barrier take the core from the one they wait for: on busy cores a worker became a hundred times
-slower, on idle ones nothing is lost. And glibc gives the pages of every large tensor back to the system when it is
-freed, and faults them in again for the next (mallopt(3)): kept, the demo model's denoiser makes 160 page faults a call
-instead of 4,000 and more, and takes a third of the time in the kernel. An idle worker gives them back.
-"""
 _MAX_FAILED_STARTS = 5
 """After so many deaths in a row before it was ready, a worker is DEFUNCT until a start succeeds."""
 _FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
@@ -99,6 +84,7 @@ class Worker:
         memory: how full its tiers are.
         allocated: what it has of a GPU's memory.
         staged: the models that it was last asked to read ahead.
+        spawned: the first incarnation, where it was started before the service was there.
     """
 
     def __init__(
@@ -135,7 +121,8 @@ class Worker:
         self._on_message = on_message
         self._on_state = on_state
         self._writer: asyncio.StreamWriter | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | Spawned | None = None
+        self.spawned: Spawned | None = None
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
         self._was_ready = False
@@ -313,21 +300,23 @@ class Worker:
             self._writer.close()
         self._on_state(self)
 
-    async def _run_once(self) -> None:
+    async def _born(self) -> tuple[asyncio.subprocess.Process | Spawned, socket.socket]:
+        """The next incarnation, and our end of its socket."""
+        if self.spawned is not None:
+            first, self.spawned = self.spawned, None
+            return first, first.sock
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "api.worker",
-                str(theirs.fileno()),
-                self.device,
-                "--workers",
-                str(self._workers),
+                *command(self.device, theirs.fileno(), self._workers),
                 pass_fds=(theirs.fileno(),),
-                env={**PREFERENCES, **os.environ, **_ENVIRONMENT},
+                env=environment(),
                 stdin=asyncio.subprocess.DEVNULL,
             )
+        return process, ours
+
+    async def _run_once(self) -> None:
+        process, ours = await self._born()
         self._process, self._writer, self.crashed = process, None, False
         self._heard(0.0)
         reader, self._writer = await asyncio.open_connection(sock=ours)

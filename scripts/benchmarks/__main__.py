@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from api.service.workers import PREFERENCES
-from scripts.benchmarks import batching, encode, fetch, overhead, prompts, startup, switch
+from api.service.spawning import PREFERENCES
+from scripts.benchmarks import batching, coldstart, encode, fetch, overhead, prompts, startup, switch
 from scripts.benchmarks.measure import Figure
 
 BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "batching": batching.run,
     "encode": encode.run,
     "startup": startup.run,
+    "coldstart": coldstart.run,
     "fetch": fetch.run,
     "switch": switch.run,
     "prompts": prompts.run,
