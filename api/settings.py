@@ -155,6 +155,9 @@ class Settings:
 
     host: str = _variable("HOST", "0.0.0.0", _text, "address to listen on")
     port: int = _variable("PORT", "8000", _whole(0, 65535), "port to listen on; 0 picks a free one")
+    port_health: int = _variable(
+        "PORT_HEALTH", "0", _whole(0, 65535), "port that answers /ping as well, for RunPod's load balancer; 0: none"
+    )
     model_id: str = _variable("MODEL_ID", "demo/shapes", _text, "the default model")
     model_revision: str = _variable("MODEL_REVISION", "", _text, "revision of the default model")
     hf_model_id: str = _variable("HF_MODEL_ID", "", _text, "the default model's id on the hub, where it is another")
@@ -347,6 +350,9 @@ class Settings:
         "900",
         _seconds,
         "seconds after which a worker that makes no progress (one module call, one model, its start) is taken for hung",
+    )
+    refresh_worker: bool = _variable(
+        "REFRESH_WORKER", "0", _flag, "1: on RunPod serverless, one job at a time, and a new worker after each"
     )
     drain_timeout: float = _variable("DRAIN_TIMEOUT", "30", _seconds, "seconds that running jobs get at SIGTERM")
     allow_private_urls: bool = _variable(

@@ -1,4 +1,4 @@
-"""The command line: ``python -m api serve | download | models``."""
+"""The command line: ``python -m api serve | runpod | start | download | models``."""
 
 from api.cli.main import main
 

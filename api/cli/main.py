@@ -18,6 +18,8 @@ from api.errors import ApiError
 from api.settings import Settings, SettingsError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_RUNS = ("serve", "runpod", "start")
+"""Commands that run until they are told to end, and log what they do."""
 _IS_USAGE = ("INVALID_INPUTS", "NO_MODEL_ID")
 # what says which weights are meant; as long as the model is the one of the environment, the rest comes from there
 _OF_A_MODEL = ("HF_MODEL_ID", "MODEL_REVISION", "MODEL_URL", "CHECKPOINT_URL", "CHECKPOINT_CONFIG_URL")
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         settings = Settings.from_env(environment(os.environ, options(args)))
-        if args.command != "serve":
+        if args.command not in _RUNS:
             logs.configure(settings.log_format or "text", "debug" if settings.log_level == "debug" else "warning")
         module, _, name = args.run.partition(":")
         return int(getattr(importlib.import_module(f"api.cli.{module}"), name)(settings, args))
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE
     except ApiError as error:
         _say(sentence(error))
-        return USAGE if error.code in _IS_USAGE or args.command == "serve" else FAILED
+        return USAGE if error.code in _IS_USAGE or args.command in _RUNS else FAILED
     except BrokenPipeError:
         # whoever read our output has seen enough; without this Python complains when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,6 +115,21 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", dest="PORT", help="port to listen on (PORT)")
     serve.add_argument("--model-id", dest="MODEL_ID", help="the default model (MODEL_ID)")
     serve.set_defaults(run="serve:serve")
+
+    runpod = commands.add_parser(
+        "runpod",
+        help="be a RunPod serverless worker",
+        description="Take jobs from RunPod's serverless platform, through its own SDK.",
+    )
+    runpod.add_argument("--test_input", metavar="JSON", help='run one job here and end: {"input": {"prompt": …}}')
+    runpod.set_defaults(run="runpod:runpod")
+
+    start = commands.add_parser(
+        "start",
+        help="serve, or be a RunPod serverless worker",
+        description="What the image starts: a worker where RunPod hands out jobs, else the server.",
+    )
+    start.set_defaults(run="start:start", test_input=None)
 
     about = "Bring a model here, unless it is here. Without arguments: MODEL_ID and WARM_MODELS."
     download = commands.add_parser(

@@ -24,14 +24,18 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     """Start the server and run until it is told to stop."""
     from api.http.app import build_app
     from api.http.connections import Connection
+    from api.http.health_port import listen
     from api.service.service import Service
 
     began = time.perf_counter()
     logs.configure(settings.log_format, settings.log_level)
+    port = settings.port
     try:
-        sock = _listen(settings)
+        sock = _listen(settings.host, port)
+        port = settings.port_health
+        health = _listen(settings.host, port) if port not in (0, settings.port) else None
     except OSError as fault:
-        print(f"Cannot listen on {settings.host}:{settings.port}: {fault.strerror or fault}.", file=sys.stderr)
+        print(f"Cannot listen on {settings.host}:{port}: {fault.strerror or fault}.", file=sys.stderr)
         return 2
     url = _url(settings.host, sock.getsockname()[1])
     service = Service(settings)
@@ -42,6 +46,12 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     async def announce(app: Sanic) -> None:
         app.ctx.announcement = asyncio.create_task(_say_when_ready(app, url, settings.model_id, began))
 
+    if health is not None:
+
+        @app.after_server_start
+        async def answer_pings(app: Sanic) -> None:
+            app.ctx.health = await listen(health, service.dispatcher)
+
     @app.before_server_stop
     async def hush(app: Sanic) -> None:
         app.ctx.announcement.cancel()
@@ -50,15 +60,13 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     return 0
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
     """The listening socket, opened here so that what is wrong with it is said in a sentence.
 
     Raises:
         OSError: the address is in use, is not ours, or does not exist.
     """
-    family, _, _, _, address = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     sock = socket.create_server(address[:2], family=family, backlog=1024)
     sock.set_inheritable(True)
     return sock

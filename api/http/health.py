@@ -6,6 +6,7 @@ import msgspec
 from sanic import Request, Sanic
 from sanic.response import HTTPResponse, empty, json
 
+from api.http.health_port import ping_status
 from api.service.dispatch import Dispatcher
 
 _ABLE = frozenset({"READY", "BUSY"})
@@ -49,10 +50,8 @@ async def ready(request: Request) -> HTTPResponse:
 
 async def ping(request: Request) -> HTTPResponse:
     """As ``ready``, but 204 while starting, as RunPod's load balancer wants it."""
-    dispatcher = _dispatcher(request)
-    if dispatcher.state == "STARTING":
-        return empty(status=204)
-    return json(_status(request), status=200 if dispatcher.state in _ABLE else 503)
+    status = ping_status(_dispatcher(request).state)
+    return empty(status=204) if status == 204 else json(_status(request), status=status)
 
 
 def _status(request: Request) -> dict[str, object]:

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"http", "service", "models", "schema", "settings", "errors", "logs", "__init__"},
+    "cli": {"http", "serverless", "service", "models", "schema", "settings", "errors", "logs", "__init__"},
     "http": {"service", "models", "schema", "settings", "errors", "__init__"},
+    "serverless": {"service", "schema", "settings", "errors"},
     "service": {"models", "schema", "settings", "errors", "order"},
     "models": {"schema", "settings", "errors"},
     "worker": {"engine", "schema", "settings", "errors", "logs"},
@@ -28,7 +29,7 @@ ALLOWED = {
     "logs": set(),
 }
 HEAVY = {"torch", "diffusers", "transformers"}
-LIGHT_ROOMS = {"cli", "http", "service", "models", "schema", "settings", "errors", "order", "logs"}
+LIGHT_ROOMS = {"cli", "http", "serverless", "service", "models", "schema", "settings", "errors", "order", "logs"}
 
 
 def room_of(path: Path) -> str:
@@ -69,7 +70,7 @@ def test_serving_imports_nothing_heavy() -> None:
     """Directly or through others: the whole HTTP side in a fresh interpreter."""
     code = (
         "import sys, api.cli.serve, api.cli.download, api.cli.models, api.http.app, api.service.service;"
-        "import api.service.pictures;"
+        "import api.service.pictures, api.serverless.run, api.serverless.handler, runpod;"
         f"print(sorted({HEAVY!r} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -84,4 +85,5 @@ def test_the_commands_for_models_need_no_server() -> None:
     """The image's bake step has neither http nor service, so that their changes do not fetch the model again."""
     for path in (ROOT / "api" / "cli").glob("*.py"):
         rooms = {name.split(".")[1] for name in imports(path) if name.startswith("api.")}
-        assert path.name == "serve.py" or not rooms & {"http", "service", "worker"}, path
+        runs = path.name in ("serve.py", "runpod.py")
+        assert runs or not rooms & {"http", "serverless", "service", "worker"}, path
