@@ -4,12 +4,12 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 # --- dependencies: changes only with the lock file -------------------------------------------------
 FROM ${PYTHON_IMAGE} AS dependencies
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY requirements.lock /build/requirements.lock
+COPY requirements.lock requirements-runpod.lock /build/
 # a private package index and its credentials come as a build secret, and stay in no layer
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     python3 -m venv /opt/venv \
-    && /opt/venv/bin/python -m pip install -r /build/requirements.lock \
+    && /opt/venv/bin/python -m pip install -r /build/requirements.lock -r /build/requirements-runpod.lock \
     && find /opt/venv -name '__pycache__' -prune -exec rm -rf {} +
 
 # --- the model that is baked in: none unless MODEL_ID or a URL is given ----------------------------
@@ -107,7 +107,9 @@ ARG RUN_AS=1000
 USER ${RUN_AS}
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# a serverless worker listens nowhere: the platform hears from it
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['PORT'] + '/health/live', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request; os.environ.get('RUNPOD_WEBHOOK_GET_JOB') or urllib.request.urlopen('http://127.0.0.1:' + os.environ['PORT'] + '/health/live', timeout=2)"]
 ENTRYPOINT ["python", "-m", "api"]
-CMD ["serve"]
+# a serverless worker where RunPod's platform hands out jobs, else the server
+CMD ["start"]

@@ -25,6 +25,7 @@ from scripts.demo_model.checker import check
 from scripts.demo_model.grammar import Scene, Thing
 from tests.hub import HubStandIn
 from tests.running import ROOT, free_port, images_of
+from tests.runpod_platform import Platform
 
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 ENV = {**os.environ, "STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot", "BUILDER": "buildah"}
@@ -127,13 +128,36 @@ def test_the_image_is_small_unprivileged_and_holds_no_secret(image: str) -> None
     assert found.split() == ["LICENSE", "api", "models", "1000", "0"]
 
 
+def test_its_size_is_told_by_layer(image: str) -> None:
+    """With the budgets of what is pulled: the libraries are nearly all of it, and code is the layer that changes."""
+    command = [sys.executable, ROOT / "scripts" / "image-size", image, "--budget", f"{MEGABYTES}MB"]
+    out = sh(*command)
+    print(out)
+    code = next(
+        line
+        for line in out.splitlines()
+        if line.endswith(("COPY api ./api", "dir:api in ./api")) or "api ./api" in line
+    )
+    assert float(code.split()[2]) < 5
+
+
+def test_it_is_a_serverless_worker_where_the_platform_hands_out_jobs(image: str, tmp_path: Path) -> None:
+    with Platform() as platform:
+        job = platform.send({"prompt": "a red circle", "seed": 1})
+        port = free_port()
+        options = [part for item in platform.environ("w1").items() for part in ("--env", "=".join(item))]
+        with started(image, port, *options):
+            platform.wait_final(job)
+    assert job.output["image"]
+
+
 def server_pid(port: int) -> int:
     """The process that the image's start command became, told from others by its PORT."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().split(b"\0")
             environ = (folder / "environ").read_bytes().split(b"\0")
-            if words[1:4] == [b"-m", b"api", b"serve"] and f"PORT={port}".encode() in environ:
+            if words[1:4] == [b"-m", b"api", b"start"] and f"PORT={port}".encode() in environ:
                 return int(folder.name)
     raise AssertionError("the server's process is not there")
 
