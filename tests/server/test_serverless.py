@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.running import ROOT, images_of, pixels
+from tests.running import ROOT, free_port, images_of, pixels
 from tests.runpod_platform import KEY, Job, Platform
 from tests.tiny import save_tiny
 
@@ -301,3 +302,24 @@ def test_a_worker_that_is_to_be_replaced_says_so_and_ends(platform: Platform, tm
         assert broken.process.wait(200) == 1
         assert waiting.taken == 0
         assert any(ping.get("status") == "unhealthy" for ping in platform.pings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_behind_the_load_balancer_it_is_the_server_with_a_port_for_pings(platform: Platform, tmp_path: Path) -> None:
+    port, health = free_port(), free_port()
+    environ = {"HOST": "127.0.0.1", "PORT": str(port), "PORT_HEALTH": str(health)}
+    seen: list[int] = []
+
+    def ping() -> int:
+        with contextlib.suppress(httpx.TransportError):
+            seen.append(httpx.get(f"http://127.0.0.1:{health}/ping").status_code)
+        return seen[-1] if seen else 0
+
+    with handler(platform, "w1", tmp_path, **environ) as server:
+        platform.wait(lambda: ping() == 200)
+        assert set(seen) <= {204, 200}
+        assert seen[0] == 204
+        answer = httpx.post(f"http://127.0.0.1:{port}/", json={"modelInputs": simple(1)}, timeout=300)
+        assert answer.json()["image_base64"]
+        assert server.stop() == 0
