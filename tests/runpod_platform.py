@@ -115,8 +115,10 @@ class Platform:
             return job
 
     def stop_job(self, job: Job) -> None:
-        """Cancel a job that runs: its worker is told."""
+        """Cancel a job: its worker is told, where it has one."""
         with self._lock:
+            if job.id in self._waiting:
+                self._waiting.remove(job.id)
             job.stopped = True
             job.final, job.ended = {"status": "CANCELLED"}, time.monotonic()
             self._to_stop.setdefault(job.worker, []).append(job.id)

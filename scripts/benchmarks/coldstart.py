@@ -14,6 +14,7 @@ import http.server
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -166,12 +167,14 @@ def _started(command: list[str], environ: dict[str, str], marks: Callable[[str, 
         env = {**os.environ, **platform.environ(), **environ, "STATE_DIR": str(Path(folder) / "state")}
         with log.open("w") as out:
             began = time.time()
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
             try:
                 done = platform.over.wait(_LIMIT)
                 took = time.time() - began
             finally:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # the SDK forks one that would stay
                 process.wait()
         text = log.read_text()
         assert done and "output" in platform.result, f"no result: {platform.result}\n{text[-3000:]}"

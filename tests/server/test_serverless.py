@@ -59,7 +59,7 @@ class Handler:
 
     def stop(self) -> int:
         self.process.terminate()
-        return self.process.wait(60)
+        return self.process.wait(120)
 
 
 @pytest.fixture
