@@ -11,12 +11,16 @@ from api.serverless.drain import Drain
 from api.serverless.hosting import Hosted
 from api.serverless.updates import Send, Updates, streams
 from api.service.bodies import result_body
+from api.service.output_limit import within_limit
 from api.service.runpod_input import read_input, write_error, write_output
+from api.service.s3_config import check_s3_config, read_s3_config, s3_destinations
 
 log = logging.getLogger("api.serverless")
 
 _LOOK = 0.005
 _LOOK_AFTER = 1.0
+_SYNC = "sync-"
+"""How the ids of ``/runsync`` begin, whose outputs may be larger."""
 REFRESH = "refresh_worker"
 """Key of an input, and of the SDK's configuration: the platform replaces the worker after this job."""
 
@@ -109,24 +113,34 @@ class Handler:
     async def _run(self, job: dict[str, Any], job_id: str, given: Any) -> dict[str, Any]:
         updates = Updates(job_id, self._sender("progress", job), self._sender("stream", job) if _asks(given) else None)
         try:
-            output = await asyncio.wrap_future(self._hosted.run(self._generate(job_id, given, updates)))
+            work = self._generate(job_id, given, job.get("s3Config"), updates)
+            output = await asyncio.wrap_future(self._hosted.run(work))
         except asyncio.CancelledError:  # the platform's job-stop: the service hears of it by the future
             updates.cancel()
             raise
         await updates.close()
         return output
 
-    async def _generate(self, job_id: str, given: Any, updates: Updates) -> dict[str, Any]:
+    async def _generate(self, job_id: str, given: Any, s3: Any, updates: Updates) -> dict[str, Any]:
         """On the service's loop."""
-        service, simple = self._hosted.service, False
+        service, settings, simple = self._hosted.service, self._settings, False
         try:
             found = read_input(given)
             simple = found.simple
             # who streams sees previews; of anybody else admission says that nobody would
             blind = "preview" in found.call_inputs and not _asks(given)
             on_event = None if blind else updates
+            bucket = read_s3_config(s3) if s3 else None
+            if bucket:
+                await check_s3_config(bucket, settings)
             admitted = await service.admit(job_id, found.model_inputs, found.call_inputs, on_event)
+            request = admitted.request
+            if bucket:
+                where = await asyncio.to_thread(s3_destinations, bucket, request.images, request.image_format, job_id)
+                admitted = admitted._replace(destinations=where)
             result = await service.finish(service.submit(admitted, on_event), from_start=True)
+            sync = job_id.startswith(_SYNC)
+            result = await within_limit(result, request.image_format, job_id, settings, sync=sync)
             return write_output(result_body(result), simple)
         except ApiError as error:
             log.info("job failed: %s %s", error.code, error.message, extra={"request_id": job_id})

@@ -8,7 +8,7 @@ import signal
 import socket
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from runpod.serverless.modules.worker_state import JobsProgress
@@ -31,6 +31,14 @@ def worker(slots: int | None = 4, *, ready: bool = True, defunct: bool = False) 
     return types.SimpleNamespace(info=info, ready=ready, defunct=defunct)
 
 
+class Job(NamedTuple):
+    """What was admitted."""
+
+    id: str
+    request: types.SimpleNamespace
+    destinations: tuple[Any, ...] = ()
+
+
 class Stage:
     """A service whose jobs end when they are told to, on the loop of the test."""
 
@@ -40,20 +48,22 @@ class Stage:
         self.asked: dict[str, Any] = {}
         self.outcome: dict[str, asyncio.Future[GenerationResult]] = {}
         self.cancelled: list[str] = []
+        self.destinations: dict[str, list[str]] = {}
         self.service = self
 
     def run(self, what: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(what, asyncio.get_running_loop())
 
-    async def admit(self, job_id: str, model_inputs: Any, call_inputs: Any, on_event: Any) -> str:
+    async def admit(self, job_id: str, model_inputs: Any, call_inputs: Any, on_event: Any) -> Job:
         if "preview" in call_inputs and on_event is None:
             raise ApiError("INVALID_INPUTS", "Previews are events.", field="callInputs.preview")
         self.asked[job_id] = model_inputs, call_inputs
-        return job_id
+        return Job(job_id, types.SimpleNamespace(images=2, image_format="PNG"))
 
-    def submit(self, job_id: str, on_event: Any) -> str:
-        self.outcome[job_id] = asyncio.get_running_loop().create_future()
-        return job_id
+    def submit(self, job: Job, on_event: Any) -> str:
+        self.outcome[job.id] = asyncio.get_running_loop().create_future()
+        self.destinations[job.id] = [destination.url for destination in job.destinations]
+        return job.id
 
     async def finish(self, job_id: str, *, from_start: bool) -> GenerationResult:
         try:
@@ -131,6 +141,35 @@ async def test_a_result_an_error_and_a_job_that_is_stopped() -> None:
         await stopped
     await until(lambda: stage.cancelled == ["stopped"])
     assert stage.asked["good"] == ({"prompt": "x", "seed": 7}, {})
+
+
+async def test_an_output_that_the_platform_does_not_take_is_an_error_that_says_what_to_do() -> None:
+    stage = Stage()
+    sdk = Sdk(Handler(stage))  # type: ignore[arg-type]
+    tasks = [sdk.begin(job_id, {"prompt": "x"}) for job_id in ("one", "sync-two")]
+    await until(lambda: len(stage.outcome) == 2)
+    large = GenerationResult([bytes(9 * 2**20)], {"modelInputs": {"seed": 7}}, {}, 0.0)
+    for outcome in stage.outcome.values():
+        outcome.set_result(large)
+    assert (await tasks[0])["error"].startswith("LIMIT_EXCEEDED")
+    assert "s3Config" in (await tasks[0])["error"]
+    assert "image" in await tasks[1], "runsync takes 20 MB"
+
+
+async def test_images_go_to_the_bucket_of_the_job() -> None:
+    stage = Stage(ALLOW_PRIVATE_URLS="1")
+    handler = Handler(stage)  # type: ignore[arg-type]
+    keys = {"accessId": "id", "accessSecret": "secret", "bucketName": "b", "endpointUrl": "http://127.0.0.1:9"}
+    task = asyncio.create_task(handler.handle({"id": "job", "input": {"prompt": "x"}, "s3Config": keys}))
+    await until(lambda: stage.outcome)
+    assert [url.partition("?")[0].rstrip("/") for url in stage.destinations["job"]] == [
+        f"http://127.0.0.1:9/b/job/{number}.png" for number in range(2)
+    ]
+    stage.outcome["job"].set_result(RESULT)
+    await task
+    refused = await handler.handle({"id": "bad", "input": {"prompt": "x"}, "s3Config": {**keys, "bucketName": ""}})
+    assert refused["error"].startswith("MISSING_INPUT: s3Config.bucketName")
+    assert "secret" not in refused["error"]
 
 
 async def test_a_fault_is_told_without_what_is_inside() -> None:
