@@ -209,6 +209,11 @@ class Failed(Exception):
         self.hint = hint
         self.answer = answer
 
+    @property
+    def status(self) -> int:
+        """Of the HTTP answer; 0: there was none, or it is not about that."""
+        return int((self.answer or {}).get("httpStatus", 0))
+
 
 class Stopped(Exception):
     """``stop`` was set: Ctrl-C, or SIGTERM."""
@@ -287,22 +292,23 @@ class Http:
         """The same, tried again for a minute where it may pass: the job runs, whoever looks at it.
 
         Raises:
-            Failed: it does not pass.
+            Failed, Stopped: it does not pass.
         """
         end = time.monotonic() + PATIENCE
         while True:
             try:
                 return self.call(method, path)
             except Failed as fault:
-                passing = fault.code in PASSING
-                if not passing or time.monotonic() > end or stop.wait(1):
+                if (fault.status not in PASSING and fault.code not in PASSING) or time.monotonic() > end:
                     raise
+            if stop.wait(1):
+                raise Stopped
 
 
 LATER_HINT = "A proxy may cut connections that last: --stream or --async keeps clear of that."
 PATIENCE = 60.0
 """Seconds for which a job that runs is asked for in vain."""
-PASSING = ("NO_ANSWER", "BROKEN_OFF", "TIMED_OUT", "NOT_READY", "429", "500", "502", "503", "504", "524")
+PASSING = ("NO_ANSWER", "BROKEN_OFF", "TIMED_OUT", 429, 500, 502, 503, 504, 524)
 HINTS = {
     401: "The key is missing or wrong: --key, or API_KEY (with --runpod: RUNPOD_API_KEY).",
     403: "The key may not do this, or something before the server refused the request.",
@@ -328,7 +334,7 @@ def refused(error: urllib.error.HTTPError, url: str) -> Failed:
     message = str(told.get("message", told)) if isinstance(told, dict) else str(told)
     hint = HINTS.get(error.code, "") if not own or error.code in (401, 429) else ""
     code = str(told.get("code")) if own and isinstance(told, dict) else str(error.code)
-    return Failed(code, message, hint, {**answer, "status": error.code})
+    return Failed(code, message, hint, {**answer, "httpStatus": error.code})
 
 
 def parse(data: bytes) -> Json:
@@ -417,6 +423,8 @@ class RunPod:
         Raises:
             Failed, Stopped: there is none.
         """
+        if self.how == "stream":  # without it, a worker tells its progress to /status alone
+            body = {**body, "callInputs": {**body["callInputs"], "streamEvents": True}}
         try:
             job = self.http.call("POST", "/run", {"input": body})
         except Failed as fault:

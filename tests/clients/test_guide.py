@@ -117,3 +117,4 @@ def test_the_guide_is_followed(tmp_path: Path, rest: tuple[type[Rest], str]) -> 
         assert Image.open(copy / name).size == (64, 64)
     assert '"inQueue":0' in out.stdout.replace(" ", "")
     assert out.stdout.count("1 of 1 passed") == 4
+    assert "401" in out.stdout.splitlines(), "the pod was open to everybody"

@@ -118,7 +118,8 @@ def test_a_job_for_later_is_polled_and_its_key_sent(script: Script, tmp_path: Pa
     script.answers["POST /jobs"] = [(202, {"id": "j", "state": "IN_QUEUE"})]
     running = {"id": "j", "state": "IN_PROGRESS", "progress": {"step": 3, "total": 20, "eta": None}}
     done = {"id": "j", "state": "COMPLETED", "result": RESULT, "timings": {"queued": 400, "running": 900}}
-    script.answers["GET /jobs/j"] = [(200, running), (502, b"<html>"), (200, done)]
+    busy = {"$error": {"code": "RATE_LIMITED", "message": "later"}}
+    script.answers["GET /jobs/j"] = [(200, running), (502, b"<html>"), (429, busy), (200, done)]
     status, out, err = run(script, tmp_path, "--async", "txt2img", API_KEY="secret-key")
     assert status == 0, out + err
     assert "step 3 of 20" in err
@@ -156,6 +157,7 @@ def test_runpod_streams(script: Script, tmp_path: Path) -> None:
     status, out, err = run(script, tmp_path, "--runpod", "--stream", "txt2img")
     assert status == 0, out + err
     assert "IN_PROGRESS step 6 of 20" in err
+    assert script.seen[0][2]["input"]["callInputs"]["streamEvents"] is True
     assert script.routes().count("GET /v2/key/status/job-1") == 1
 
 

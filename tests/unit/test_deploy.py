@@ -110,6 +110,12 @@ def test_volumes_are_where_the_server_looks(monkeypatch: pytest.MonkeyPatch) -> 
     assert (serverless["isServerless"], serverless["volumeInGb"]) == (True, 0)
 
 
+def test_the_image_runs_as_whoever_is_asked_for_and_as_root_by_no_mistake() -> None:
+    assert re.search(r"^ARG RUN_AS=1000\nUSER \$\{RUN_AS\}$", DOCKERFILE, re.M)
+    assert re.findall(r"^USER (.+)$", DOCKERFILE, re.M) == ["${RUN_AS}"]
+    assert "--build-arg RUN_AS=0" in (ROOT / "docs" / "runpod.md").read_text()
+
+
 def test_a_pod_is_never_open_to_everybody() -> None:
     """Its address is public, and guessed from its id."""
     env = read(RUNPOD / "pod-template.json")["env"]
