@@ -10,13 +10,13 @@ from sanic import Sanic
 
 from api import __version__
 from api.errors import CODES
-from api.http.openapi import docs, health, inputs, jobs, models, native, runpod, usage, webhooks
+from api.http.openapi import docs, health, inputs, jobs, metrics, models, native, runpod, usage, webhooks
 from api.http.openapi.parts import JSON, Answer, Operation, Operations, Schema, ref, text, whole
 from api.http.openapi.schemas import ERROR_EXAMPLE, SCHEMAS
 from api.settings import Settings
 
 VERSION = "3.1.1"
-TABLES = (native, jobs, runpod, webhooks, models, usage, health, docs)
+TABLES = (native, jobs, runpod, webhooks, models, usage, health, metrics, docs)
 TAGS = {
     "Generate": "A request, and its images as the answer.",
     "Jobs for later": "Sent now, run when it is their turn, looked at when the client likes.",
