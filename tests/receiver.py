@@ -126,6 +126,9 @@ def _serve(port: int, file: Path, faults: float) -> None:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            if len(body) < int(self.headers["Content-Length"]):  # the sender was killed while it sent
+                self.close_connection = True
+                return
             fault = random.choice(("refuse", "drop", "take and drop")) if random.random() < faults else ""
             if fault:
                 failed.write(".")
