@@ -6,10 +6,9 @@ import hashlib
 
 import msgspec
 
-from api.errors import ApiError
-from api.service.destinations import Destination, check_destinations
 from api.service.entries import Terms
 from api.service.s3_config import S3Config, check_s3_config
+from api.service.webhooks_delivery import check_receiver
 from api.settings import Settings
 
 
@@ -38,13 +37,9 @@ async def check_places(terms: Terms, s3: S3Config | None, settings: Settings) ->
     """Whether the addresses that came beside the inputs may be connected to.
 
     Raises:
-        ApiError: URL_NOT_ALLOWED.
+        ApiError: URL_NOT_ALLOWED, INVALID_INPUTS.
     """
     if terms.webhook:
-        try:
-            await check_destinations((Destination(terms.webhook),), settings)
-        except ApiError as error:
-            error.field = "webhook"
-            raise
+        await check_receiver(terms.webhook, "webhook", settings)
     if s3:
         await check_s3_config(s3, settings)
