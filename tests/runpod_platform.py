@@ -7,7 +7,6 @@ handed out again; the first final result of a job counts, and nothing that comes
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import threading
 import time
@@ -218,5 +217,9 @@ class Platform:
         self._loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", self.port).start())
         self._up.set()
         self._loop.run_forever()
-        with contextlib.suppress(Exception):
-            self._loop.run_until_complete(runner.cleanup())
+        self._loop.run_until_complete(runner.cleanup())
+        left = asyncio.all_tasks(self._loop)
+        for task in left:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self._loop.close()

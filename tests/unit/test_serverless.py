@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -357,13 +358,17 @@ def test_a_forked_process_holds_no_socket_to_a_worker_and_dies_by_sigterm() -> N
     if child == 0:
         try:
             _alone()
-            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
         finally:
             os._exit(7)
     ours.close()
     theirs.settimeout(20)
-    assert theirs.recv(1) == b"", "the worker would not see that the handler is gone"
-    assert os.waitpid(child, 0)[1] == signal.SIGTERM
+    try:
+        assert theirs.recv(1) == b"", "the worker would not see that the handler is gone"
+    finally:
+        os.kill(child, signal.SIGTERM)
+        status = os.waitpid(child, 0)[1]
+    assert status == signal.SIGTERM
 
 
 def test_the_image_starts_what_the_platform_wants() -> None:
