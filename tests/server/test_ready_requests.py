@@ -21,6 +21,7 @@ POSTMAN, HTTP = ROOT / "deploy" / "postman.json", ROOT / "deploy" / "requests.ht
 NOT_NOW = {"previews", "retry", "webhooks"}
 """A job that went well has no previews any more, is not run again, and no webhook of it failed."""
 NEWMAN = "newman@6.2.2"
+KEY = "a-key-of-these-requests-alone"
 
 
 def test_they_are_made_from_the_description() -> None:
@@ -67,10 +68,11 @@ class Reader:
 
 
 def test_requests_of_the_http_file_work_one_after_the_other(tmp_path: Path) -> None:
-    with playing(tmp_path) as site:
+    with playing(tmp_path, API_KEYS=f"editor:{KEY}") as site:
         reader = Reader(HTTP.read_text(), site.client)
+        reader.variables["apiKey"] = KEY
         answers = list(reader.send())
-        described = site.client.get("/openapi.json").json()["paths"]
+        described = site.client.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()["paths"]
     assert_good((f"{a.request.method} {a.request.url.path}", a.status_code) for a in answers)
     operations = [o for methods in described.values() for method, o in methods.items() if method != "head"]
     assert len(answers) >= sum(not operation.get("deprecated") for operation in operations)
@@ -110,9 +112,11 @@ def test_the_collection_is_whole() -> None:
 @pytest.mark.skipif(not shutil.which("npx"), reason="needs Node.js")
 def test_postmans_own_runner_sends_the_collection(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    with running({"MODELS_DIR": str(tmp_path), "RUNTIME_DOWNLOADS": "0"}, tmp_path / "server.log") as server:
+    environ = {"MODELS_DIR": str(tmp_path), "RUNTIME_DOWNLOADS": "0", "API_KEYS": f"postman:{KEY}"}
+    with running(environ, tmp_path / "server.log") as server:
         command = [
             "npx", "--yes", NEWMAN, "run", POSTMAN, "--env-var", f"baseUrl={server.url}",
+            "--env-var", f"apiKey={KEY}",
             "--reporters", "json", "--reporter-json-export", report,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
