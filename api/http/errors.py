@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import traceback
 from typing import Any
 
@@ -26,6 +27,11 @@ from sanic.response import HTTPResponse
 from api.errors import ApiError
 
 log = logging.getLogger("api.http")
+
+_RUNPOD = re.compile(
+    r"/v2/|/v1/[^/]+/(?:run|runsync|jobs|status|status-sync|stream|cancel|retry|purge-queue|health)(?:/|$)"
+)
+"""Addresses of RunPod's routes, for what is said before there is a route: that there is none, or no key."""
 
 _TRUE_STATUS = frozenset({"UNAUTHORIZED", "TOO_MANY_WRONG_KEYS"})
 """Also with LEGACY_STATUS: the old system had no keys, and who has none must not take the answer for one."""
@@ -49,7 +55,7 @@ def error_response(error: ApiError, request: Request) -> HTTPResponse:
     if error.code == "METHOD_NOT_ALLOWED":
         headers["Allow"] = ", ".join(error.available or [])
     body = error_body(error, getattr(request.ctx, "id", ""))
-    if request.path.startswith("/v2/") or (request.route and getattr(request.route.ctx, "runpod", False)):
+    if getattr(request.route.ctx, "runpod", False) if request.route else _RUNPOD.match(request.path):
         # the key that clients of RunPod know
         body = {"error": ": ".join(part for part in (error.code, error.field, error.message) if part), **body}
     response = HTTPResponse(

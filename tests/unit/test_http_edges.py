@@ -62,3 +62,14 @@ def test_a_key_that_cannot_be_one_is_told_where_it_is_not_used_too(site: Played)
     body = {"modelInputs": {"prompt": "x", "num_inference_steps": 1}}
     assert code(site.client.post("/", json=body, headers={"Idempotency-Key": "x" * 201})) == (400, "INVALID_INPUTS")
     assert site.client.post("/", json=body, headers={"Idempotency-Key": "x"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("PATCH", "/v1/x/run"), ("GET", "/v1/x/status/none"), ("GET", "/v2/x/none")]
+)
+def test_clients_of_runpod_are_told_in_their_key_before_there_is_a_route_too(
+    site: Played, method: str, path: str
+) -> None:
+    told = site.client.request(method, path).json()
+    assert told["error"].startswith(told["$error"]["code"])
+    assert "error" not in site.client.request(method, "/jobs/none").json()
