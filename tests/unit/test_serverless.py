@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from api.serverless.timeline import Timeline
 from api.serverless.updates import Updates
 from api.service.workers import Worker
 from api.settings import Settings
+from tests.running import ROOT
 
 
 def worker(slots: int | None = 4, *, ready: bool = True, defunct: bool = False) -> types.SimpleNamespace:
@@ -369,6 +372,15 @@ def test_a_forked_process_holds_no_socket_to_a_worker_and_dies_by_sigterm() -> N
         os.kill(child, signal.SIGTERM)
         status = os.waitpid(child, 0)[1]
     assert status == signal.SIGTERM
+
+
+def test_the_processors_name_is_found_without_a_process() -> None:
+    code = (
+        "import subprocess; from api.serverless.run import _name_the_processor; _name_the_processor();"
+        "subprocess.Popen = None;"  # whoever starts one fails
+        "from runpod.serverless.utils import rp_debugger; assert isinstance(rp_debugger.PROCESSOR, str)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_image_starts_what_the_platform_wants() -> None:
