@@ -13,7 +13,7 @@ from api.errors import ApiError
 from api.http.keys import owner_of
 from api.schema.catalogue import nearest
 from api.service.entries import Entry, Terms
-from api.service.later import PRIORITIES
+from api.service.intake import PRIORITIES
 from api.service.service import Service
 
 _KEY = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,198}[\x21-\x7e])?")

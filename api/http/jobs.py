@@ -18,8 +18,9 @@ from api.http.native import parse_object, wanted_type
 from api.schema.images import IMAGE_FORMATS
 from api.service.bodies import halves, images_body, result_body
 from api.service.entries import Entry
+from api.service.intake import PRIORITIES
 from api.service.jobs import TERMINAL
-from api.service.later import PRIORITIES, Later
+from api.service.later import Later
 from api.service.ledger import Events
 from api.service.reports import preview_links
 

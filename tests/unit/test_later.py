@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from api.errors import ApiError
+from api.service import intake as intakes
 from api.service import later as laters
 from api.service import ledger as ledgers
 from api.service.jobs import JobState
@@ -121,7 +122,7 @@ async def test_while_the_store_cannot_be_read_clients_are_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_one_running(tmp_path)
-    monkeypatch.setattr(laters, "_RECOVERY", 0.1)
+    monkeypatch.setattr(intakes, "_RECOVERY", 0.1)
     later = later_of(tmp_path, Refusing(), monkeypatch)
     monkeypatch.setattr(later._store, "running", failing(later._store.running, 10**9))
     later.start()

@@ -6,7 +6,7 @@ from typing import Any
 
 from api.http.openapi.parts import Schema, maybe, obj, ref, words
 from api.service.describe import schema_of_all
-from api.service.later import PRIORITIES
+from api.service.intake import PRIORITIES
 from api.service.options import LATER, OPTIONS
 from api.settings import Settings
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from api.http.openapi.parts import Schema, array, flag, maybe, number, obj, ref, text, whole, words
 from api.schema.catalogue import AUTO
+from api.service.intake import PRIORITIES
 from api.service.jobs import JobState
-from api.service.later import PRIORITIES
 
 _PICTURE = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/*"}
 _ANY: Schema = {"type": "object", "additionalProperties": True}
