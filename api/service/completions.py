@@ -10,6 +10,7 @@ import msgspec
 
 from api.errors import ApiError
 from api.service.endpoints import EndpointStore
+from api.service.jobs import TERMINAL
 from api.service.ledger import Ledger
 from api.service.runpod_status import status_of
 
@@ -75,7 +76,7 @@ class Completions:
 
     async def _tell(self, sender: Sender, job_id: str) -> None:
         entry = await self._ledger.call(self._store.get, job_id)
-        if entry is None:
+        if entry is None or entry.state not in TERMINAL:  # sent once more since: it is told of the next end
             return
         if not entry.terms.webhook:  # it was in memory only, and the process ended
             await self._ledger.call(self._store.told, job_id, entry.finished)

@@ -137,3 +137,25 @@ async def test_images_that_are_gone_do_not_keep_the_end_from_being_told(running:
     running.tell()
     await running.until(lambda: running.receiver.got)
     assert running.receiver.got[0][2] == {"id": "a", "status": "COMPLETED"}
+
+
+async def test_a_job_that_was_sent_once_more_meanwhile_is_told_of_at_its_next_end(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job_id in "ab":
+        running.accept(job_id)
+        await running.ledger.end(job_id, ApiError("PIPELINE_ERROR", "why"))
+    post = running.receiver.post
+
+    async def slow(url: str, *arguments: Any, **more: Any) -> None:
+        if url.endswith("/a"):
+            assert await running.ledger.retry("b", 60)
+        await post(url, *arguments, **more)
+
+    monkeypatch.setattr(running.receiver, "post", slow)
+    running.tell()
+    await running.until(lambda: running.receiver.got)
+    await asyncio.sleep(0.1)
+    await running.ledger.end("b", ApiError("PIPELINE_ERROR", "again"))
+    await running.until(lambda: len(running.receiver.got) == 2)
+    assert [(body["id"], body["status"]) for *_, body in running.receiver.got] == [("a", "FAILED"), ("b", "FAILED")]
