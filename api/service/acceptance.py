@@ -21,7 +21,7 @@ def scoped(key: str | None, job_id: str | None, terms: Terms) -> str | None:
         terms: owner and endpoint.
     """
     if job_id is not None:
-        key = f"\x1fid\x1f{job_id}"  # no key that a client sends has such characters
+        key = f"\x1f\x1f{job_id}"  # neither a key that a client sends nor the word of an endpoint begins like this
     elif key is None:
         return None
     return f"{terms.owner}\x1f{terms.endpoint}\x1f{key}" if terms.owner or terms.endpoint else key

@@ -24,6 +24,7 @@ from api.service.limits import Limits
 from api.service.places import Places
 from api.service.reports import state_event
 from api.service.s3_config import S3Config
+from api.service.store import RETRIABLE
 from api.service.watch import Watch
 from api.settings import Settings
 
@@ -154,22 +155,29 @@ class Intake:
         """Have a job of RunPod's routes run once more, that failed or ran out of time.
 
         Raises:
-            ApiError: INVALID_INPUTS: it ended otherwise, or has not; QUEUE_FULL, NOT_READY.
+            ApiError: INVALID_INPUTS: it ended otherwise, or has not, or its inputs are gone; NO_SUCH_JOB: it was
+                removed meanwhile; QUEUE_FULL, NOT_READY, DISK_FULL; RATE_LIMITED, TOO_MANY_JOBS.
         """
         await self._until_recovered()
-        self._service.dispatcher.check_room()
         if not await asyncio.shield(self._begin(self._retry(entry))):
-            message = f"Only jobs that are FAILED or TIMED_OUT can be tried again; this one is {entry.state.value}."
+            state = (await self.ledger.get(entry.id)).state  # it may be another one by now
+            message = f"Only jobs that are FAILED or TIMED_OUT can be tried again; this one is {state.value}."
+            if state in RETRIABLE:
+                message = "Its inputs were in memory only, and went with a restart: send the request again."
             raise ApiError("INVALID_INPUTS", message, field="id", requested=entry.id)
 
     async def _retry(self, entry: Entry) -> bool:
+        self._service.dispatcher.check_room()
         self._enter(entry.owner)
         try:
             ttl = min(self._settings.job_ttl, entry.terms.ttl or math.inf)
             waits = await self.ledger.retry(entry.id, ttl)
-        except BaseException:
+        except BaseException as fault:
             self._turn_back(entry.owner)
-            raise
+            if not isinstance(fault, sqlite3.Error):
+                raise
+            log.exception("that a job waits once more could not be stored")
+            raise ApiError("DISK_FULL", f"The job could not be stored in STATE_DIR: {fault}.") from fault
         if waits:
             self._places.keep(entry.id, entry.owner)
         else:

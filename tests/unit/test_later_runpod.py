@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import types
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from api.errors import ApiError
 from api.schema.generation import GenerationResult
 from api.service import later as laters
+from api.service.acceptance import scoped
 from api.service.entries import Terms
 from api.service.jobs import JobState
 from api.service.later import Later
@@ -217,3 +219,57 @@ async def test_an_end_reaches_its_webhook_with_the_output(tmp_path: Path) -> Non
     assert (told["body"]["status"], told["body"]["output"]["image_base64"]) == ("COMPLETED", "AAAA")
     await fake.later.stop()
     assert got.empty()
+
+
+async def test_those_that_are_tried_again_at_once_find_the_queue_as_full_as_others_do(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.go.set()
+    failing = {"fail": "PIPELINE_ERROR"}
+    over = [await ended(fake, (await fake.later.accept("r", failing, {}, terms=terms())).id) for _ in range(3)]
+    fake.go.clear()
+
+    def check_room() -> None:
+        if fake.dispatcher.expected >= 1:
+            raise ApiError("QUEUE_FULL", "full")
+
+    monkeypatch.setattr(fake.dispatcher, "check_room", check_room)
+    told = await asyncio.gather(*(fake.later.retry(entry) for entry in over), return_exceptions=True)
+    assert [getattr(error, "code", None) for error in told] == [None, "QUEUE_FULL", "QUEUE_FULL"]
+
+
+async def test_trying_again_says_what_is_in_its_way(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.go.set()
+    entry = await fake.later.accept("r", {"fail": "PIPELINE_ERROR"}, {}, terms=terms())
+    over = await ended(fake, entry.id)
+
+    def full(*_: Any, **__: Any) -> bool:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake.later._store, "retry", full)
+        with pytest.raises(ApiError) as caught:
+            await fake.later.retry(over)
+    assert caught.value.code == "DISK_FULL"
+    fake.go.clear()
+    await fake.later.retry(over)
+    with pytest.raises(ApiError, match="this one is IN_"):  # not as it was when it was looked at
+        await fake.later.retry(over)
+    fake.go.set()
+    over = await ended(fake, entry.id)
+    await fake.later.ledger.call(fake.later._store._db.execute, "DELETE FROM inputs")
+    with pytest.raises(ApiError, match="in memory only"):
+        await fake.later.retry(over)
+    assert fake.later.waiting == fake.dispatcher.expected == 0
+
+
+def test_no_name_for_a_request_is_anothers() -> None:
+    owners, endpoints, names = ("", "a", "id"), ("", "e", "id"), ("k", "id")
+    made = [
+        scoped(*named, Terms(owner=owner, endpoint=endpoint))
+        for owner in owners
+        for endpoint in endpoints
+        for name in names
+        for named in ((name, None), (None, name))
+    ]
+    assert len(set(made)) == len(made) == 36

@@ -175,7 +175,7 @@ def _second_version() -> Operations:
         **found,
         "POST retry/{id}": _of(
             "Retry", "Run a job once more that failed", of("It waits again.", _BRIEF, waits=_ACCEPTED),
-            ("INVALID_INPUTS", *_FIND, "QUEUE_FULL"), (_ENDPOINT, _ID),
+            ("INVALID_INPUTS", *_FIND, "QUEUE_FULL", "DISK_FULL"), (_ENDPOINT, _ID),
         ),
         "POST purge-queue": _of(
             "PurgeQueue", "Cancel what waits",
