@@ -105,6 +105,15 @@ class Database:
                 self.execute("ROLLBACK")
             raise
 
+    def wipe(self) -> None:
+        """Have what was deleted leave the log as well; until then it may be read there."""
+        before = self.execute("PRAGMA busy_timeout").fetchone()[0]
+        self.execute("PRAGMA busy_timeout = 0")  # somebody who reads it from outside is not waited for
+        try:
+            self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            self.execute(f"PRAGMA busy_timeout = {before}")
+
     def _connect(self) -> None:
         # opened by one thread and used by another, never by two at once
         layout = self._layout

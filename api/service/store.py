@@ -170,7 +170,11 @@ class Store:
             return None
         found = IMAGE_FORMATS.get(str(result.meta.get("image_format")))
         extension = found.extension if found else "png"
-        self.images.write(job_id, result.images, extension)
+        try:
+            self.images.write(job_id, result.images, extension)
+        except OSError:
+            self.images.remove(job_id)  # of some of them: the disk may be full
+            raise
         stored = StoredResult(
             meta=result.meta,
             timings=result.timings,
@@ -245,7 +249,7 @@ class Store:
         return [row[0] for row in rows.fetchall()]
 
     def remove_old(self, now: float) -> int:
-        """Remove the jobs whose result was kept long enough, and images that belong to nothing.
+        """Remove the jobs whose result was kept long enough, images that belong to nothing, and what is left of inputs.
 
         Returns:
             How many jobs were removed.
@@ -254,6 +258,7 @@ class Store:
         known = {row[0] for row in self._db.execute("SELECT id FROM jobs WHERE over")}
         for job_id in self.images.ids() - known:
             self.images.remove(job_id)
+        self._db.wipe()
         return removed
 
     def _remove(self, which: str, values: tuple[Any, ...]) -> int:

@@ -334,3 +334,33 @@ def test_what_a_killed_process_acknowledged_is_there(tmp_path: Path) -> None:
         assert len(set(begun) - completed) <= round_ + 1, "at most the one that each death interrupted"
         store.close()
     assert len(accepted) > 200
+
+
+def test_inputs_of_a_job_that_is_over_are_nowhere_any_more(store: Store, tmp_path: Path) -> None:
+    accept(store, "a")
+    store.take(1.0, [])
+    store.fail("a", JobState.CANCELLED, {"code": "CANCELLED"}, [], now=2.0, ttl=LONG)
+    store.remove_old(3.0)
+    left = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert store.get("a") is not None
+    assert HIPPO.encode() not in left
+
+
+def test_of_images_that_do_not_fit_on_the_disk_none_stays(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store, "a")
+    store.take(1.0, [])
+    rename, renamed = Path.rename, []
+
+    def full(path: Path, target: Path) -> Path:
+        if renamed:
+            raise OSError(28, "No space left on device")
+        renamed.append(target)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space"):
+        store.complete("a", result_of("x", images=3), [], now=2.0, ttl=LONG)
+    assert renamed
+    assert not list((tmp_path / "results").rglob("*.*"))
