@@ -180,6 +180,7 @@ class Intake:
             raise ApiError("DISK_FULL", f"The job could not be stored in STATE_DIR: {fault}.") from fault
         if waits:
             self._places.keep(entry.id, entry.owner)
+            self.watch.accepted(entry.id)
         else:
             self._turn_back(entry.owner)
         self._wake.set()

@@ -273,3 +273,14 @@ def test_no_name_for_a_request_is_anothers() -> None:
         for named in ((name, None), (None, name))
     ]
     assert len(set(made)) == len(made) == 36
+
+
+async def test_how_long_a_job_waits_is_seen_also_where_it_is_tried_again(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(fake.later.watch, "accepted", seen.append)
+    fake.go.set()
+    entry = await fake.later.accept("r", {"fail": "PIPELINE_ERROR"}, {}, terms=terms())
+    await fake.later.retry(await ended(fake, entry.id))
+    assert seen == [entry.id] * 2
