@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from api.schema.generation import GenerationResult
-from api.service import database
 from api.service.endpoints import EndpointStore
 from api.service.entries import NATIVE, Terms
+from api.service.job_tables import JOBS
 from api.service.jobs import JobState
 from api.service.store import Store
+from api.settings import SettingsError
 
 LONG = 1e6
 HOOK = "https://example.com/hook?token=hippopotamus"
@@ -247,7 +248,7 @@ def test_jobs_of_version_1_are_done_where_nothing_is_to_be_kept(tmp_path: Path) 
 def test_a_later_version_is_left_alone(tmp_path: Path) -> None:
     store = Store(tmp_path, persist_inputs=True)
     store.open()
-    store._db.execute(f"PRAGMA user_version = {database._VERSION + 1}")
+    store._db.execute(f"PRAGMA user_version = {JOBS.version + 1}")
     store.close()
-    with pytest.raises(database.SettingsError, match="later version"):
+    with pytest.raises(SettingsError, match="later version"):
         store.open()
