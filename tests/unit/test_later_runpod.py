@@ -19,6 +19,7 @@ from api.service.acceptance import scoped
 from api.service.entries import Terms
 from api.service.jobs import JobState
 from api.service.later import Later
+from api.service.limits import Limits
 from api.service.s3_config import read_s3_config
 from api.settings import Settings
 
@@ -284,3 +285,23 @@ async def test_how_long_a_job_waits_is_seen_also_where_it_is_tried_again(
     entry = await fake.later.accept("r", {"fail": "PIPELINE_ERROR"}, {}, terms=terms())
     await fake.later.retry(await ended(fake, entry.id))
     assert seen == [entry.id] * 2
+
+
+async def test_a_job_that_is_tried_again_counts_for_its_key_until_it_is_over(tmp_path: Path) -> None:
+    settings = Settings.from_env({"STATE_DIR": str(tmp_path), "KEY_CONCURRENCY": "1"})
+    fake = Fake(settings)
+    fake.later = Later(settings, fake, Limits(settings, ("alice",)))  # type: ignore[arg-type]
+    fake.later.start()
+    fake.go.set()
+    entry = await fake.later.accept("r", {"fail": "PIPELINE_ERROR"}, {}, terms=terms())
+    for _ in range(2):
+        over = await ended(fake, entry.id)
+        fake.go.clear()
+        await fake.later.retry(over)
+        with pytest.raises(ApiError) as caught:
+            await fake.later.accept("r", PROMPT, {}, terms=terms())
+        assert caught.value.code == "TOO_MANY_JOBS"
+        fake.go.set()
+    await ended(fake, entry.id)
+    assert (await fake.later.accept("r", PROMPT, {}, terms=terms())).state == JobState.IN_QUEUE
+    await fake.later.stop()
