@@ -296,7 +296,7 @@ class Settings:
         secret=True,
     )
     admin_keys: tuple[str, ...] = _variable(
-        "ADMIN_KEYS", "", _list, "names of the keys that see in GET /usage what all others used"
+        "ADMIN_KEYS", "", _list, "names of the keys that see what is of others: GET /usage, /webhooks, /metrics"
     )
     key_rate_limit: Mapping[str, int] = _variable(
         "KEY_RATE_LIMIT",

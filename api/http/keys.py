@@ -70,6 +70,12 @@ def owner_of(request: Request) -> str:
     return str(getattr(request.ctx, "owner", ""))
 
 
+def sees_all(request: Request) -> bool:
+    """Whether a request may know what is of other keys: that of an admin, and every one where there are no keys."""
+    service: Service = request.app.ctx.service
+    return not service.gate.keys or owner_of(request) in service.settings.admin_keys
+
+
 def _do_not_read(request: Request) -> None:
     """Answer at once. A client that asks first whether to send its body is not told to go on.
 

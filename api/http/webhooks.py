@@ -10,7 +10,7 @@ from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
 from api.errors import ApiError
-from api.http.keys import owner_of
+from api.http.keys import owner_of, sees_all
 from api.service.webhooks import Webhooks
 from api.service.webhooks_outbox import STATES, Entry
 
@@ -34,24 +34,30 @@ async def listed(request: Request) -> HTTPResponse:
     if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:20]) <= _MOST_LISTED):
         message = f"Must be a whole number from 1 to {_MOST_LISTED}."
         raise ApiError("INVALID_INPUTS", message, field="limit", requested=limit)
-    found = await _webhooks(request).listed(state, owner_of(request), int(limit))
-    return _json({"webhooks": [_about(entry) for entry in found]})
+    found = await _webhooks(request).listed(state, _owner(request), int(limit))
+    return _json({"webhooks": [_about(request, entry) for entry in found]})
 
 
 async def redeliver(request: Request, id: str) -> HTTPResponse:
     """Send one that was given up again, as if it were new; one that waits, now."""
-    return _json(_about(await _webhooks(request).redeliver(id, owner_of(request))), status=202)
+    return _json(_about(request, await _webhooks(request).redeliver(id, _owner(request))), status=202)
 
 
-def _about(entry: Entry) -> dict[str, Any]:
+def _owner(request: Request) -> str | None:
+    return None if sees_all(request) else owner_of(request)
+
+
+def _about(request: Request, entry: Entry) -> dict[str, Any]:
     parts = urlsplit(entry.url)
+    # the server's own receiver is the operator's: its path may be what it lets in by
+    path = "" if entry.url == request.app.ctx.service.settings.send_url else parts.path
     body: dict[str, Any] = {
         "id": entry.id,
         "state": "waiting" if entry.given_up is None else "failed",
         "kind": entry.kind,
         "job": entry.job,
         # what follows may be a secret of the receiver's
-        "url": f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
+        "url": f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}",
         "created": round(entry.created * 1000),
         "tries": entry.tries,
     }

@@ -193,28 +193,28 @@ class Webhooks:
         """How many of a job's webhooks wait."""
         return self._lines.behind(url, job) + sum(1 for one in self._unwritten if one.new.job == job)
 
-    async def listed(self, state: str | None, owner: str, limit: int) -> list[Entry]:
+    async def listed(self, state: str | None, owner: str | None, limit: int) -> list[Entry]:
         """Those that have not arrived, newest first; see ``Outbox.newest``.
 
         Args:
             state: ``waiting``, ``failed``, or None: both.
-            owner: name of the API key that asks, who sees its own and those of the server; empty: everybody's.
+            owner: name of the API key that asks, which sees its own; None: everybody's, and those of the server.
             limit: how many, at most.
         """
-        return await self._call(self._outbox.newest, state, (owner, "") if owner else None, limit)
+        return await self._call(self._outbox.newest, state, owner, limit)
 
-    async def redeliver(self, webhook_id: str, owner: str) -> Entry:
+    async def redeliver(self, webhook_id: str, owner: str | None) -> Entry:
         """Send one again that was given up, or now that waits.
 
         Args:
             webhook_id: as the receiver is told it.
-            owner: name of the API key that asks.
+            owner: name of the API key that asks; None: whosever it is.
 
         Raises:
             ApiError: NO_SUCH_WEBHOOK.
         """
         entry = await self._call(self._outbox.get, webhook_id)
-        if entry is None or (owner and entry.owner not in (owner, "")):
+        if entry is None or owner not in (None, entry.owner):
             message = (
                 "There is no such webhook: it has arrived, or was given up long ago. GET /webhooks lists the others."
             )

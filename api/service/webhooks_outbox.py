@@ -184,18 +184,18 @@ class Outbox:
         row = self._db.execute(_SELECT + "WHERE id = ?", (webhook_id,)).fetchone()
         return Entry(*row) if row else None
 
-    def newest(self, state: str | None, owners: Sequence[str] | None, limit: int) -> list[Entry]:
+    def newest(self, state: str | None, owner: str | None, limit: int) -> list[Entry]:
         """Those that have not arrived, newest first.
 
         Args:
             state: one of ``STATES``; None: all.
-            owners: only theirs; None: everybody's.
+            owner: only those of this one; None: everybody's.
             limit: how many, at most.
         """
         where, values = _WHERE[state], list[Any]()
-        if owners is not None:
-            where += f" AND owner IN ({', '.join('?' * len(owners))})"
-            values = list(owners)
+        if owner is not None:
+            where += " AND owner = ?"
+            values = [owner]
         rows = self._db.execute(_SELECT + f"WHERE {where} ORDER BY number DESC LIMIT ?", [*values, limit])
         return [Entry(*row) for row in rows.fetchall()]
 

@@ -203,3 +203,36 @@ async def test_what_is_said_at_the_start(
         assert "short" not in str(told).replace("short keys", "")
         if not environ:
             assert (await client.get("/schedulers")).status_code == 200
+
+
+SEND_URL = "http://127.0.0.1:9/services/let-in-by-path?token=let-in-by-query"
+
+
+async def test_webhooks_are_those_of_the_key_that_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's own receiver is nobody's business but the operator's, and hears of all keys."""
+    service = service_of(
+        API_KEYS=f"alice:{KEY},bob:right-key-of-bob,root:right-key-of-root", ADMIN_KEYS="root", SEND_URL=SEND_URL,
+        STATE_DIR=str(tmp_path),
+    )  # fmt: skip
+    async with serving(app_of(service, monkeypatch)) as client:
+        service.webhooks.start()
+        theirs = "https://receiver.invalid/hook?token=of-alice"
+        for owner, url in (("alice", SEND_URL), ("alice", theirs), ("bob", SEND_URL), ("", SEND_URL)):
+            await service.webhooks.post(url, b"{}", job=f"of-{owner}", kind="native", owner=owner)
+
+        def as_(name: str) -> dict[str, str]:
+            return {"Authorization": f"Bearer right-key-of-{name}"}
+
+        told: dict[str, list[dict[str, Any]]] = {}
+        for name in ("alice", "bob", "root"):
+            answer = await client.get("/webhooks", headers=as_(name))
+            assert "let-in-by" not in answer.text and "token" not in answer.text
+            told[name] = [one for one in answer.json()["webhooks"] if one["job"].startswith("of-")]
+        assert [one["url"] for one in told["alice"]] == ["https://receiver.invalid/hook", "http://127.0.0.1:9"]
+        assert [one["job"] for one in told["bob"]] == ["of-bob"]
+        assert [one["job"] for one in told["root"]] == ["of-", "of-bob", "of-alice", "of-alice"]
+        of_server, of_bob = (one["id"] for one in told["root"][:2])
+        for name, id_, status in (("alice", of_bob, 404), ("bob", of_server, 404), ("root", of_bob, 202)):
+            answer = await client.post(f"/webhooks/{id_}/redeliver", headers=as_(name))
+            assert (answer.status_code, "let-in-by" in answer.text) == (status, False), name
+        await service.webhooks.stop()

@@ -35,6 +35,7 @@ def operations(_: Settings) -> Operations:
             id="listWebhooks",
             tag="Webhooks",
             summary="Webhooks that wait, or were given up",
+            description="Those of the key that asks; of every key, where it is one of `ADMIN_KEYS`.",
             parameters=(
                 query("state", words("waiting", "failed"), "only those"),
                 query("limit", whole(minimum=1, maximum=1000, default=100), "how many"),
