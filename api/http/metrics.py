@@ -5,6 +5,7 @@ from __future__ import annotations
 from sanic import Request, Sanic
 from sanic.response import HTTPResponse
 
+from api.http.keys import owner_of, sees_all
 from api.service.service import Service
 
 
@@ -21,5 +22,6 @@ async def metrics(request: Request) -> HTTPResponse:
     service: Service = request.app.ctx.service
     assert service.watch.metrics
     await service.watch.metrics.look()
-    body, content_type = service.watch.metrics.exposition(request.headers.get("accept", ""))
+    owner = None if sees_all(request) else owner_of(request)
+    body, content_type = service.watch.metrics.exposition(request.headers.get("accept", ""), owner)
     return HTTPResponse(body, content_type=content_type)

@@ -60,6 +60,7 @@ class Metrics:
             self._counters["fetches"].labels(outcome)
         self._service = service
         self._asking: asyncio.Task[int | None] | None = None
+        self._owner: str | None = None
         self.volume_free: int | None = None
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -77,15 +78,17 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What is read off, as ``prometheus_client`` asks for it."""
-        return iter(readings(self._service, self.volume_free))
+        return iter(readings(self._service, self.volume_free, self._owner))
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
+    def exposition(self, accept: str, owner: str | None = None) -> tuple[bytes, str]:
         """All of it, and its media type.
 
         Args:
             accept: what the client takes: OpenMetrics where it says so, else Prometheus' text format.
+            owner: whose usage is told; None: everybody's.
         """
         encode, content_type = choose_encoder(accept)
+        self._owner = owner  # for ``collect``, which the encoder has called before this returns
         return encode(self._registry), content_type
 
     def answered(self, method: str, route: str | None, status: int, seconds: float) -> None:

@@ -53,12 +53,13 @@ class _Sheet:
         self.metrics[name].add_metric(labels, list(zip(bounds, sums, strict=True)), spread.sum)
 
 
-def readings(service: Service, volume_free: int | None) -> Sequence[Metric]:
+def readings(service: Service, volume_free: int | None, owner: str | None = None) -> Sequence[Metric]:
     """All of them, as they are now.
 
     Args:
         service: asked, on the event loop.
         volume_free: what the disk of the models has left; None: not known.
+        owner: whose usage is told; None: everybody's.
     """
     sheet = _Sheet()
     _queue(sheet, service)
@@ -68,7 +69,7 @@ def readings(service: Service, volume_free: int | None) -> Sequence[Metric]:
         _counted(sheet, worker)
     sheet.put("fetching", service.fetcher.fetching)
     sheet.put("volume_free_bytes", volume_free)
-    _usage(sheet, service)
+    _usage(sheet, service, owner)
     _webhooks(sheet, service)
     return list(sheet.metrics.values())
 
@@ -128,8 +129,9 @@ def _counted(sheet: _Sheet, worker: Worker) -> None:
             sheet.put(name, value, device, label)
 
 
-def _usage(sheet: _Sheet, service: Service) -> None:
-    for used in service.usage.snapshot()[:_OWNERS]:
+def _usage(sheet: _Sheet, service: Service, owner: str | None) -> None:
+    found = [used for used in service.usage.snapshot() if owner in (None, used["owner"])]
+    for used in found[:_OWNERS]:
         for name in ("requests", "images", "device_seconds", "load_seconds", "failures"):
             sheet.put(f"usage_{name}", used[name], used["owner"])
 

@@ -104,6 +104,18 @@ def a_usage(owner: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+async def test_what_keys_used_is_told_to_them_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {name: f"right-key-of-{name}" for name in ("alice", "bob", "root")}
+    told = ",".join(f"{name}:{key}" for name, key in keys.items())
+    async with playing(tmp_path, monkeypatch, API_KEYS=told, ADMIN_KEYS="root") as it:
+        service: Any = it.service
+        service.usage.snapshot = lambda: [a_usage(name) for name in ("alice", "bob")]
+        for name, seen in (("alice", {"alice"}), ("root", {"alice", "bob"}), ("bob", {"bob"})):
+            text = (await it.client.get("/metrics", headers={"Authorization": keys[name]})).text
+            owners = {sample.labels["owner"] for f in parse(text) for sample in f.samples if "owner" in sample.labels}
+            assert owners == seen, name
+
+
 def fetched(service: Any, phase: str, fault: Exception | None = None) -> None:
     """A fetch whose events the service's watch reads."""
     readers: list[Any] = []

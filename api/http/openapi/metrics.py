@@ -14,6 +14,7 @@ def operations(_: Settings) -> Operations:
             id="metrics",
             tag="Health",
             summary="What Prometheus reads",
+            description="What keys used is told of the key that asks; of every key, where it is one of `ADMIN_KEYS`.",
             answers={
                 200: Answer(
                     "In its text format, or as OpenMetrics where `Accept` asks for it.",
