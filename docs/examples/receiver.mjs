@@ -22,27 +22,38 @@ function verify(headers, body, now = Date.now() / 1000) {
   return JSON.parse(body.toString("utf8"));
 }
 
-// False for one that has come before: the sender repeats it when an answer was lost.
-function isNew(id) {
-  if (seen.has(id)) return false;
+// Handle one, but for one that has come before: the sender repeats it when an answer was lost.
+async function take(id, event) {
+  if (seen.has(id)) return;
   seen.add(id);
   if (seen.size > 100_000) seen.delete(seen.values().next().value);
-  return true;
+  try {
+    await handle(event);
+  } catch (fault) {
+    seen.delete(id); // the sender tries it again, and then it is to be handled
+    throw fault;
+  }
 }
 
 // What you do with it. Be quick, or put it in a queue: the next event of the job waits for your answer.
-function handle(event) {
+async function handle(event) {
   console.log(JSON.stringify(event));
 }
 
 createServer(async (request, response) => {
-  const chunks = [];
-  for await (const chunk of request) chunks.push(chunk);
+  let event;
   try {
-    const event = verify(request.headers, Buffer.concat(chunks));
-    if (isNew(request.headers["x-webhook-id"])) handle(event);
+    const chunks = [];
+    for await (const chunk of request) chunks.push(chunk); // an error where the connection is cut
+    event = verify(request.headers, Buffer.concat(chunks));
+  } catch (fault) {
+    return response.writeHead(401).end(fault.message);
+  }
+  try {
+    await take(request.headers["x-webhook-id"], event);
     response.writeHead(200).end("ok");
   } catch (fault) {
-    response.writeHead(401).end(fault.message);
+    console.error(fault);
+    response.writeHead(500).end("try again");
   }
 }).listen(Number(process.argv[2]), "127.0.0.1");

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = os.environ["SIGN_KEY"].encode()
@@ -32,14 +33,18 @@ def verify(headers, body, now=None):
     return json.loads(body)
 
 
-def is_new(webhook_id):
-    """False for one that has come before: the sender repeats it when an answer was lost."""
+def take(webhook_id, event):
+    """Handle one, but for one that has come before: the sender repeats it when an answer was lost."""
     if webhook_id in seen:
-        return False
+        return
     seen[webhook_id] = True
     if len(seen) > 100_000:
         seen.popitem(last=False)
-    return True
+    try:
+        handle(event)
+    except BaseException:
+        seen.pop(webhook_id, None)  # the sender tries it again, and then it is to be handled
+        raise
 
 
 def handle(event):
@@ -56,8 +61,11 @@ class Handler(BaseHTTPRequestHandler):
             event = verify(self.headers, body)
         except ValueError as fault:
             return self.answer(401, str(fault))
-        if is_new(self.headers["X-Webhook-Id"]):
-            handle(event)
+        try:
+            take(self.headers["X-Webhook-Id"], event)
+        except Exception:
+            traceback.print_exc()
+            return self.answer(500, "try again")
         return self.answer(200, "ok")
 
     def answer(self, status, text):

@@ -31,10 +31,10 @@ BODY = native_body({"type": "inference", "payload": {"startRequestId": "Grüße 
 class Example:
     """One of the receivers, running."""
 
-    def __init__(self, language: str, out: Path) -> None:
+    def __init__(self, language: str, out: Path, script: Path | None = None) -> None:
         self.port, self.out = free_port(), out
         self.url = f"http://127.0.0.1:{self.port}/hook"
-        script = ROOT / "docs" / "examples" / f"receiver.{language}"
+        script = script or ROOT / "docs" / "examples" / f"receiver.{language}"
         self.process = subprocess.Popen(
             [*COMMANDS[language], str(script), str(self.port)],
             env={"SIGN_KEY": KEY, "PYTHONIOENCODING": "utf-8", "PATH": ""}, stdout=out.open("w"), stderr=subprocess.STDOUT,
@@ -95,6 +95,51 @@ def test_one_that_comes_twice_is_handled_once(example: Example) -> None:
     told = signed("msg_twice")
     assert [send(example, BODY, told)[0] for _ in range(2)] == [200, 200]
     assert len(example.events) == before + 1
+
+
+FAILS = {
+    "py": (
+        "    print(json.dumps(event)",
+        "    handle.times = getattr(handle, 'times', 0) + 1\n    assert handle.times > 1\n",
+    ),
+    "mjs": ("  console.log(JSON.stringify(event)", "  if ((globalThis.once = !globalThis.once)) throw 1;\n"),
+}
+"""Of each language: a line of ``handle``, and what ahead of it has it fail for the first time."""
+
+
+@pytest.mark.parametrize("language", ["py", "mjs"])
+def test_one_that_could_not_be_handled_is_handled_when_it_comes_again(language: str, tmp_path: Path) -> None:
+    if language == "mjs" and NODE is None:
+        pytest.skip("node is not installed")
+    text = (ROOT / "docs" / "examples" / f"receiver.{language}").read_text()
+    line, fails = FAILS[language]
+    assert text.count(line) == 1
+    script = tmp_path / f"receiver.{language}"
+    script.write_text(text.replace(line, fails + line))
+    example = Example(language, tmp_path / "out", script)
+    try:
+        told = signed("msg_again")
+        assert [send(example, BODY, told)[0] for _ in range(3)] == [500, 200, 200]
+        assert example.out.read_text().count('"type"') == 1
+    finally:
+        example.process.kill()
+        example.process.wait()
+
+
+@pytest.mark.parametrize("language", ["py", "mjs"])
+def test_a_request_that_is_cut_off_does_not_end_the_receiver(language: str, tmp_path: Path) -> None:
+    if language == "mjs" and NODE is None:
+        pytest.skip("node is not installed")
+    example = Example(language, tmp_path / "out")
+    try:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", example.port)) as cut:
+                cut.sendall(b"POST /hook HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            time.sleep(0.1)
+        assert send(example, BODY, signed("msg_after"))[0] == 200
+    finally:
+        example.process.kill()
+        example.process.wait()
 
 
 @pytest.mark.parametrize(
