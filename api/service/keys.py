@@ -67,6 +67,8 @@ def _parse(entry: str, number: int) -> tuple[str, bytes, int | None]:
     else:
         name, key = f"key-{number}", entry
     where = f"API_KEYS: entry {number}"
+    if key.endswith(":"):  # the key was to come out of a variable that is not set: the name alone would be one
+        raise SettingsError(f"{where}: no key follows the name")
     if name == "sha256" or (key.startswith("sha256:") and not _HASHED.fullmatch(key)):
         raise SettingsError(f"{where}: sha256: is followed by the 64 hexadecimal digits of the key's SHA-256")
     if hashed := _HASHED.fullmatch(key):
@@ -93,6 +95,9 @@ class Gate:
 
     def __init__(self, settings: Settings, now: Callable[[], float] = time.monotonic) -> None:
         self.keys = Keys(settings.api_keys)
+        if unknown := sorted(set(settings.admin_keys) - set(self.keys.names)):
+            there = ", ".join(self.keys.names) or "no keys"
+            raise SettingsError(f"ADMIN_KEYS: there is no key {', '.join(unknown)} in API_KEYS, but {there}")
         self._rate = Rate(settings.wrong_keys) if settings.wrong_keys else None
         self._now = now
         self._wrong: OrderedDict[str, float] = OrderedDict()

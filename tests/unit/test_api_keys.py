@@ -61,12 +61,29 @@ def test_keys_are_numbered_and_a_name_may_have_several() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", ["alice:sha256:12", "sha256:12", f"alice:sha256:{HEX}0", "alice:a key", "kéy", "alice:sha256:"]
+    "entry",
+    [
+        "alice:sha256:12",
+        "sha256:12",
+        f"alice:sha256:{HEX}0",
+        "alice:a key",
+        "kéy",
+        "alice:sha256:",
+        "alice:",
+        "alice::",
+    ],
 )
 def test_a_key_that_cannot_be_used_is_told_without_it(entry: str) -> None:
     with pytest.raises(SettingsError, match="entry 2") as fault:
         Keys(("fine-key", entry))
     assert entry not in str(fault.value)
+
+
+def test_admin_keys_are_names_of_keys() -> None:
+    gate_of([0.0], ADMIN_KEYS="alice")
+    for environ in ({"ADMIN_KEYS": "alice,root"}, {"ADMIN_KEYS": "root", "API_KEYS": ""}):
+        with pytest.raises(SettingsError, match="ADMIN_KEYS: there is no key root"):
+            gate_of([0.0], **environ)
 
 
 def test_short_keys_are_named() -> None:
