@@ -8,6 +8,7 @@ from sanic.response import HTTPResponse, empty, json
 
 from api.http.health_port import ping_status
 from api.service.dispatch import Dispatcher
+from api.service.service import Service
 
 _ABLE = frozenset({"READY", "BUSY"})
 
@@ -43,8 +44,10 @@ async def live(_: Request) -> HTTPResponse:
 async def ready(request: Request) -> HTTPResponse:
     """200 when a worker can run jobs."""
     dispatcher = _dispatcher(request)
-    transfers = [msgspec.to_builtins(transfer) for transfer in request.app.ctx.service.fetcher.transfers()]
-    body = {**_status(request), "transfers": transfers}
+    service: Service = request.app.ctx.service
+    # where there are keys, what clients have fetched is not for those who have none; GET /models tells the others
+    transfers = [] if service.gate.keys else service.fetcher.transfers()
+    body = {**_status(request), "transfers": [msgspec.to_builtins(transfer) for transfer in transfers]}
     return json(body, status=200 if dispatcher.state in _ABLE else 503)
 
 

@@ -15,6 +15,7 @@ from sanic import Sanic
 
 from api.http.keys import OPEN
 from api.logs import Redactor
+from api.schema.transfers import Transfer
 from tests.inprocess import app_of, service_of, serving
 
 KEY = "right-key-of-alice"
@@ -203,6 +204,18 @@ async def test_what_is_said_at_the_start(
         assert "short" not in str(told).replace("short keys", "")
         if not environ:
             assert (await client.get("/schedulers")).status_code == 200
+
+
+async def test_what_is_fetched_is_told_to_those_who_have_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moving = Transfer("org/secret-project", "download", "progress", 1, 2, 3, 4.0)
+    for environ, told in (({"API_KEYS": KEY}, False), ({}, True)):
+        service = service_of(STATE_DIR=str(tmp_path), **environ)
+        monkeypatch.setattr(service.fetcher, "transfers", lambda: [moving])
+        async with serving(app_of(service, monkeypatch)) as client:
+            for path in ("/health/ready", "/health/live", "/healthcheck", "/ping"):
+                answer = await client.get(path)
+                assert ("secret-project" in answer.text) == (told and path == "/health/ready")
+            assert "secret-project" in (await client.get("/models", headers=BEARER)).text
 
 
 SEND_URL = "http://127.0.0.1:9/services/let-in-by-path?token=let-in-by-query"

@@ -29,7 +29,7 @@ def operations(_: Settings) -> Operations:
     """All of them."""
     ready = {**_EXAMPLE, "transfers": []}
     starting = {**ready, "state": "STARTING"}
-    full = obj({**_STATUS, "transfers": array(ref("Transfer"))})
+    full = obj({**_STATUS, "transfers": array(ref("Transfer"), description="empty where there are keys")})
     legacy = obj({"state": words("healthy", "unhealthy"), "gpu": flag("whether there is a GPU")})
     return {
         "GET /health/live": Operation(
