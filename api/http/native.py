@@ -51,8 +51,9 @@ async def generate(request: Request) -> HTTPResponse | None:
         with service.limits.job(owner_of(request)):
             await _stream(request, model_inputs, call_inputs, hook)
         return None
-    with service.limits.job(owner_of(request)), telling(hook):
-        return await _answer(request, model_inputs, call_inputs, wanted, hook)
+    with service.limits.job(owner_of(request)):
+        async with telling(hook):
+            return await _answer(request, model_inputs, call_inputs, wanted, hook)
 
 
 async def _answer(
@@ -197,7 +198,7 @@ async def _stream(
     admission = asyncio.create_task(service.admit(request.ctx.id, model_inputs, call_inputs, on_event))
 
     async def run() -> GenerationResult:
-        with telling(hook):
+        async with telling(hook):
             admitted = await admission
             lines.events.callback_steps = admitted.options.get("callback_steps")
             return await _finish(request, admitted, on_event, hook)

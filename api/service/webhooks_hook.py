@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from api.errors import ApiError
@@ -79,14 +79,15 @@ class Hook:
         )
 
 
-@contextlib.contextmanager
-def telling(hook: Hook | None) -> Iterator[None]:
-    """What goes wrong inside is told to a request's receiver."""
+@contextlib.asynccontextmanager
+async def telling(hook: Hook | None) -> AsyncIterator[None]:
+    """What goes wrong inside is told to a request's receiver, and safe when its client is told."""
     try:
         yield
     except ApiError as error:
         if hook:
             hook.fail(error)
+            await hook.stored()
         raise
     except asyncio.CancelledError:
         if hook:
@@ -95,4 +96,5 @@ def telling(hook: Hook | None) -> Iterator[None]:
     except Exception:
         if hook:
             hook.fail(ApiError("INTERNAL_ERROR", "Something went wrong in the server; its log has the request id."))
+            await hook.stored()
         raise

@@ -274,7 +274,7 @@ async def test_a_request_without_a_receiver_touches_nothing(make: Make) -> None:
     webhooks = make()
     assert webhooks.hook({"startRequestId": "x", "SIGN_KEY": "k"}) is None
     assert webhooks.hook({"SEND_URL": ["no"]}) is None
-    with telling(None):
+    async with telling(None):
         pass
 
 
@@ -357,13 +357,30 @@ async def test_a_request_that_is_cancelled_is_told_of(make: Make, receiver: Rece
     hook = make().hook({"SEND_URL": URL})
     assert hook is not None
     hook.begin({})
-    with pytest.raises(asyncio.CancelledError), telling(hook):
-        raise asyncio.CancelledError
-    with pytest.raises(RuntimeError), telling(hook):
-        raise RuntimeError
+    with pytest.raises(asyncio.CancelledError):
+        async with telling(hook):
+            raise asyncio.CancelledError
+    with pytest.raises(RuntimeError):
+        async with telling(hook):
+            raise RuntimeError
     await until(lambda: receiver.got)
     await asyncio.sleep(0.05)
     assert [one["payload"]["code"] for one in receiver.bodies] == ["CANCELLED"]
+
+
+@pytest.mark.parametrize("fault", [ApiError("OUT_OF_MEMORY", "no"), RuntimeError()])
+async def test_that_a_request_has_failed_is_safe_when_its_client_is_told(
+    make: Make, receiver: Receiver, fault: Exception
+) -> None:
+    webhooks = make()
+    receiver.answer = lambda n: Outcome("no", at_least=3000)
+    hook = webhooks.hook({"SEND_URL": URL})
+    assert hook is not None
+    hook.begin({})
+    with pytest.raises(type(fault)):
+        async with telling(hook):
+            raise fault
+    assert [one.kind for one in await webhooks.listed("waiting", None, 10)] == ["native"]
 
 
 async def test_previews_that_nobody_takes_are_left_out_but_no_step(make: Make, receiver: Receiver) -> None:
