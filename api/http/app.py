@@ -26,7 +26,7 @@ from api.http import (
     usage,
     webhooks,
 )
-from api.http.observed import Observed, is_probe, route_of
+from api.http.observed import Asked, Observed, is_probe, route_of
 from api.service.service import Service
 
 log = logging.getLogger("api.http")
@@ -42,7 +42,7 @@ def build_app(service: Service, name: str = "diffusers-api") -> Sanic:
         name: Sanic keeps apps in a registry by name.
     """
     settings = service.settings
-    app = Observed(name, configure_logging=False, error_handler=errors.Handler())
+    app = Observed(name, configure_logging=False, error_handler=errors.Handler(), request_class=Asked)
     app.config.update(
         {
             "REQUEST_MAX_SIZE": settings.max_body,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from sanic import Request, Sanic
+from sanic.exceptions import BadURL
 
 from api.service.watch import Watch
 
@@ -24,6 +26,21 @@ def is_probe(request: Request) -> bool:
 def route_of(request: Request) -> str | None:
     """The pattern of a request's route, such as ``/jobs/{id}``; None where there is none."""
     return _PARAMETER.sub(r"{\1}", request.uri_template) if request.route else None
+
+
+class Asked(Request):
+    """As Sanic's; what is no HTTP is answered also where its address cannot be read."""
+
+    __slots__ = ()
+
+    def __init__(self, url_bytes: bytes, headers: Any, version: str, method: str, *more: Any, **given: Any) -> None:
+        try:
+            super().__init__(url_bytes, headers, version, method, *more, **given)
+        except BadURL:
+            if method != "NONE":
+                raise
+            # Sanic makes one to answer an error with, of the address that was the error
+            super().__init__(b"*", headers, version, method, *more, **given)
 
 
 class Observed(Sanic):

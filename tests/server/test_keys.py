@@ -104,6 +104,22 @@ async def test_an_answer_does_not_wait_for_the_body(client: httpx.AsyncClient) -
         writer.close()
 
 
+async def test_what_is_no_http_is_answered(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    for line in (
+        b"GARBAGE",
+        b"GET \xff\xff HTTP/1.1",
+        b"GET nowhere HTTP/1.1",
+        b"GET /\xc3\xa9 HTTP/1.1",
+        b"GET  HTTP/1.1",
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(line + b"\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(20):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 400 "), line
+        writer.close()
+    assert "Traceback" not in caplog.text
+
+
 async def test_a_client_that_sends_first_sees_the_answer(client: httpx.AsyncClient) -> None:
     for _ in range(2):
         assert (await client.post("/", content=b"x" * 7_000_000)).status_code == 401
