@@ -93,10 +93,7 @@ def _numbered(url: str, images: int) -> tuple[str, ...]:
 
 def _destination(url: str, number: int, image_format: str, job_id: str, settings: Settings) -> Destination:
     if not _S3.match(url):
-        try:
-            check_scheme(url, FIELD)
-        except ApiError as error:
-            raise ApiError(error.code, error.message, field=FIELD, requested=redacted(url)) from None
+        check_scheme(url, FIELD)
         if "@" in urlsplit(url).netloc:
             message = "No user name or password is sent with an upload; use a presigned URL."
             raise ApiError("INVALID_INPUTS", message, field=FIELD, requested=redacted(url))

@@ -17,6 +17,7 @@ import httpcore
 
 from api.errors import ApiError
 from api.models.addresses import Reach, not_allowed
+from api.models.locations import redacted
 
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -91,7 +92,7 @@ async def fetch(url: str, field: str, *, timeout: float, max_bytes: int, reach: 
     except TimeoutError:
         raise _unreachable(url, field, f"it took longer than {timeout:g} seconds") from None
     except NotAllowed:
-        raise not_allowed(url, field) from None
+        raise not_allowed(redacted(url), field) from None
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as fault:
         raise _unreachable(url, field, str(fault) or type(fault).__name__) from fault
 
@@ -134,7 +135,7 @@ def check_scheme(url: str, field: str) -> None:
         valid = False
     if not valid:
         message = "Must be an http or https URL, in ASCII."
-        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=url)
+        raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=redacted(url))
 
 
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
@@ -143,4 +144,4 @@ def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
 
 def _unreachable(url: str, field: str, why: str) -> ApiError:
     host = urlsplit(url).netloc.rpartition("@")[2]
-    return ApiError("SOURCE_UNREACHABLE", f"{host} could not be fetched: {why}.", field=field, requested=url)
+    return ApiError("SOURCE_UNREACHABLE", f"{host} could not be fetched: {why}.", field=field, requested=redacted(url))

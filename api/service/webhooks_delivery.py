@@ -15,7 +15,6 @@ import httpcore
 
 from api.errors import ApiError
 from api.models.addresses import ALLOWING, Reach
-from api.models.locations import redacted
 from api.service.destinations import Destination, check_destinations
 from api.service.fetch import Guard, NotAllowed, check_scheme
 from api.settings import Settings
@@ -53,10 +52,7 @@ async def check_receiver(url: str, field: str, settings: Settings) -> None:
     """
     if url == settings.send_url:
         return
-    try:
-        check_scheme(url, field)
-    except ApiError as error:
-        raise ApiError(error.code, error.message, field=field, requested=redacted(url)) from None
+    check_scheme(url, field)
     if "@" in urlsplit(url).netloc:
         raise ApiError("INVALID_INPUTS", "No user name or password is sent with a webhook; sign it.", field=field)
     await check_destinations((Destination(url),), settings, field)

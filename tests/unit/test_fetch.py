@@ -174,3 +174,20 @@ async def test_a_redirect_to_a_file_is_refused() -> None:
 
     async with serving(handle) as port:
         assert await code_of(get(f"http://127.0.0.1:{port}/", allow_private=True)) == "URL_NOT_ALLOWED"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://me:se-cret@h/x?t=se-cret",
+        "http://10.0.0.1/x?t=se-cret",
+        "http://me:se-cret@127.0.0.1:1/x?t=se-cret#se-cret",
+    ],
+)
+async def test_an_error_has_nothing_of_an_address_that_may_be_a_secret(url: str) -> None:
+    """It is kept with jobs for later, and is seen by more than who sent it."""
+    reach = Reach(everywhere="127.0.0.1" in url)
+    with pytest.raises(ApiError) as fault:
+        await fetch(url, "modelInputs.init_image", timeout=5, max_bytes=10, reach=reach)
+    assert "/x" in str(fault.value.requested)
+    assert "se-cret" not in str(fault.value.body())
