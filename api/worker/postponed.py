@@ -15,7 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_loading = threading.RLock()
+_swapping = threading.Lock()
+"""Never held while a module is imported: that waits for other threads that import, which may wait for this lock."""
 
 
 class _Postponed(ModuleType):
@@ -39,16 +40,19 @@ class _Postponed(ModuleType):
     def real(self) -> ModuleType:
         """The module itself, which takes this one's place for all who import it from now on."""
         name = self.__name__
-        with _loading:
-            if sys.modules.get(name) is self:
+        with _swapping:
+            is_first = sys.modules.get(name) is self
+            if is_first:
                 del sys.modules[name]
-                try:
-                    module = importlib.import_module(name)
-                except BaseException:
-                    sys.modules[name] = self
-                    raise
-                self.__dict__.update(module.__dict__)
-            return sys.modules[name]
+        try:
+            module = importlib.import_module(name)  # where another thread is at it, this waits for that one
+        except BaseException:
+            if is_first:
+                sys.modules.setdefault(name, self)
+            raise
+        if is_first:
+            self.__dict__.update(module.__dict__)
+        return module
 
 
 def _calling(module: _Postponed, name: str) -> Any:

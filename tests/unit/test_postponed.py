@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.running import ROOT
 
@@ -69,3 +70,33 @@ except ModuleNotFoundError as fault:
     print(fault)
 """
     assert run(POSTPONE + code) == "No module named 'no_such_module_at_all'"
+
+
+def test_threads_that_import_what_the_other_one_needs_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """One imports a module that looks into a second postponed one, the other the first of them, which imports that."""
+    (tmp_path / "first.py").write_text("import builtins\nbuiltins.inside.set()\nimport between\nvalue = 1\n")
+    (tmp_path / "second.py").write_text("value = 2\n")
+    waits = "import builtins, time\nbuiltins.inside.wait(20)\ntime.sleep(0.3)\n"
+    (tmp_path / "between.py").write_text(f"{waits}from second import value\n")
+    code = f"""
+import builtins, threading
+sys.path.insert(0, {str(tmp_path)!r})
+postpone("first")
+postpone("second")
+import first, second
+builtins.inside = threading.Event()
+begun = threading.Event()
+seen = []
+def imports():
+    begun.set()
+    import between
+    seen.append(between.value)
+def uses():
+    begun.wait()
+    seen.append(first.value)
+threads = [threading.Thread(target=work, daemon=True) for work in (imports, uses)]
+[thread.start() for thread in threads]
+[thread.join(20) for thread in threads]
+print(sorted(seen))
+"""
+    assert run(POSTPONE + code) == "[1, 2]"
