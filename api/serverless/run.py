@@ -51,14 +51,14 @@ def run(settings: Settings, test_input: str | None = None) -> int:
     timeline = Timeline()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the SDK listens
     names = devices(settings)
-    spawned = {name: spawn(name, len(names)) for name in names}
+    spawned = [spawn(name, len(names)) for name in names]
     from api.serverless.hosting import Hosted
     from api.service.service import Service
 
     service = Service(settings)
     service.open()
-    for worker in service.dispatcher.workers:
-        worker.spawned = spawned[worker.device]
+    for worker, process in zip(service.dispatcher.workers, spawned, strict=True):  # a device may be named twice
+        worker.spawned = process
     hosted = Hosted(service)
     hosted.start()
     read_ahead([model.folder for model in service.dispatcher.warm_models])
