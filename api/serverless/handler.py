@@ -11,9 +11,11 @@ from api.serverless.drain import Drain
 from api.serverless.hosting import Hosted
 from api.serverless.updates import Send, Updates, streams
 from api.service.bodies import result_body
+from api.service.native_events import tee
 from api.service.output_limit import within_limit
 from api.service.runpod_input import read_input, write_error, write_output
 from api.service.s3_config import check_s3_config, read_s3_config, s3_destinations
+from api.service.webhooks_hook import telling
 
 log = logging.getLogger("api.serverless")
 
@@ -127,20 +129,28 @@ class Handler:
         try:
             found = read_input(given)
             simple = found.simple
-            # who streams sees previews; of anybody else admission says that nobody would
+            hook = service.webhooks.hook(found.call_inputs, job=job_id)
+            # who streams sees previews, and so does a webhook; of anybody else admission says that nobody would
             blind = "preview" in found.call_inputs and not _asks(given)
-            on_event = None if blind else updates
-            bucket = read_s3_config(s3) if s3 else None
-            if bucket:
-                await check_s3_config(bucket, settings)
-            admitted = await service.admit(job_id, found.model_inputs, found.call_inputs, on_event)
-            request = admitted.request
-            if bucket:
-                where = await asyncio.to_thread(s3_destinations, bucket, request.images, request.image_format, job_id)
-                admitted = admitted._replace(destinations=where)
-            result = await service.finish(service.submit(admitted, on_event), from_start=True)
-            sync = job_id.startswith(_SYNC)
-            result = await within_limit(result, request.image_format, job_id, settings, sync=sync)
+            on_event = tee(None if blind else updates, hook)
+            with telling(hook):
+                bucket = read_s3_config(s3) if s3 else None
+                if bucket:
+                    await check_s3_config(bucket, settings)
+                admitted = await service.admit(job_id, found.model_inputs, found.call_inputs, on_event)
+                if hook:
+                    hook.begin(admitted.options)
+                request = admitted.request
+                if bucket:
+                    about = request.images, request.image_format, job_id
+                    where = await asyncio.to_thread(s3_destinations, bucket, *about)
+                    admitted = admitted._replace(destinations=where)
+                job = service.submit(admitted, on_event)
+                result = await service.finish(job, from_start=True, on_upload=hook)
+                sync = job_id.startswith(_SYNC)
+                result = await within_limit(result, request.image_format, job_id, settings, sync=sync)
+            if hook:
+                await hook.stored()
             return write_output(result_body(result), simple)
         except ApiError as error:
             log.info("job failed: %s %s", error.code, error.message, extra={"request_id": job_id})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,9 +24,11 @@ from api.schema.generation import GenerationResult
 from api.schema.messages import Phase, Preview, Progress
 from api.serverless import updates
 from api.serverless.handler import Handler
-from api.serverless.run import _alone
+from api.serverless.hosting import Hosted
+from api.serverless.run import _alone, run
 from api.serverless.timeline import Timeline
 from api.serverless.updates import Updates
+from api.service.webhooks import Webhooks
 from api.service.workers import Worker
 from api.settings import Settings
 from tests.running import ROOT
@@ -41,6 +45,7 @@ class Job(NamedTuple):
     id: str
     request: types.SimpleNamespace
     destinations: tuple[Any, ...] = ()
+    options: Any = types.MappingProxyType({})
 
 
 class Stage:
@@ -54,6 +59,15 @@ class Stage:
         self.cancelled: list[str] = []
         self.destinations: dict[str, list[str]] = {}
         self.service = self
+        self.told: list[dict[str, Any]] = []
+        self.webhooks = Webhooks(self.settings)
+        self.webhooks.put = self._put  # type: ignore[method-assign]
+
+    def _put(self, url: str, body: bytes, *, job: str, **_: Any) -> asyncio.Future[None]:
+        self.told.append({"url": url, "job": job, **json.loads(body)})
+        stored = asyncio.get_running_loop().create_future()
+        stored.set_result(None)
+        return stored
 
     def run(self, what: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(what, asyncio.get_running_loop())
@@ -65,11 +79,12 @@ class Stage:
         return Job(job_id, types.SimpleNamespace(images=2, image_format="PNG"))
 
     def submit(self, job: Job, on_event: Any) -> str:
+        on_event and on_event(Phase(job.id, "inference", "start"))
         self.outcome[job.id] = asyncio.get_running_loop().create_future()
         self.destinations[job.id] = [destination.url for destination in job.destinations]
         return job.id
 
-    async def finish(self, job_id: str, *, from_start: bool) -> GenerationResult:
+    async def finish(self, job_id: str, *, from_start: bool, on_upload: Any) -> GenerationResult:
         try:
             return await self.outcome[job_id]
         except asyncio.CancelledError:
@@ -174,6 +189,34 @@ async def test_images_go_to_the_bucket_of_the_job() -> None:
     refused = await handler.handle({"id": "bad", "input": {"prompt": "x"}, "s3Config": {**keys, "bucketName": ""}})
     assert refused["error"].startswith("MISSING_INPUT: s3Config.bucketName")
     assert "secret" not in refused["error"]
+
+
+async def test_webhooks_are_told_of_a_job_as_they_are_of_a_request() -> None:
+    stage = Stage(SEND_URL="http://127.0.0.1:9/server")
+    sdk = Sdk(Handler(stage))  # type: ignore[arg-type]
+    hook = {"SEND_URL": "https://example.com/hook", "startRequestId": "order-7", "preview": 3}
+    tasks = [sdk.begin("good", {"prompt": "x", **hook}), sdk.begin("bad", {"prompt": "x"}), sdk.begin("refused", {})]
+    await until(lambda: len(stage.outcome) == 2)
+    stage.outcome["good"].set_result(RESULT)
+    stage.outcome["bad"].set_exception(ApiError("OUT_OF_MEMORY", "No."))
+    assert (await tasks[0])["seed"] == 7
+    assert (await tasks[1])["error"].startswith("OUT_OF_MEMORY")
+    assert (await tasks[2])["error"].startswith("MISSING_INPUT")
+    told = [(event["job"], event["status"], event["payload"]["startRequestId"]) for event in stage.told]
+    assert told == [("good", "start", "order-7"), ("bad", "start", None), ("bad", "error", None)]
+    assert [event["url"] for event in stage.told] == ["https://example.com/hook", *["http://127.0.0.1:9/server"] * 2]
+    assert stage.told[0]["payload"]["jobId"] == "good"
+
+
+def test_a_device_that_is_named_twice_has_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hosts: list[Hosted] = []
+    monkeypatch.setattr("api.serverless.run.spawn", lambda *_: object())
+    monkeypatch.setattr(Hosted, "start", lambda self: hosts.append(self) or sys.exit(3))
+    settings = Settings.from_env({"DEVICES": "cpu,cpu", "STATE_DIR": str(tmp_path)})
+    with pytest.raises(SystemExit):
+        run(settings)
+    first, second = hosts[0].service.dispatcher.workers
+    assert first.spawned is not second.spawned
 
 
 async def test_a_fault_is_told_without_what_is_inside() -> None:
