@@ -496,6 +496,19 @@ def reason(error: Any) -> str:
     return str(error) if error else "It says nothing about why."
 
 
+@contextlib.contextmanager
+def understood() -> Iterator[None]:
+    """Turn what is wrong with an answer, or with the folder for its images, into ``Failed``."""
+    try:
+        yield
+    except OSError as fault:
+        hint = "--output says where pictures are saved."
+        raise Failed("NOT_SAVED", f"{fault.filename}: {fault.strerror}.", hint) from fault
+    except (LookupError, TypeError, ValueError, AttributeError) as fault:
+        told = f"The answer is not what this server's would be ({type(fault).__name__}: {fault})."
+        raise Failed("NOT_UNDERSTOOD", told, "Is it the right address, and a server of this project?") from fault
+
+
 def cancel(how: Callable[[], Json]) -> None:
     """Cancel a job that nobody waits for any more, if that is still possible."""
     with contextlib.suppress(Failed):
@@ -567,6 +580,8 @@ def save_images(name: str, answer: Json, folder: Path) -> tuple[list[Path], Json
         described = []
         for index, image in enumerate(images):
             data = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image)
+            if not data:
+                raise ValueError("an image is empty")
             paths.append(folder / (f"{name}.{suffix}" if key in SINGLE else f"{name}_{index}.{suffix}"))
             paths[-1].write_bytes(data)
             described.append(describe_image(data))
@@ -727,9 +742,10 @@ class Runs:
             if not self.brief:
                 self.screen.say(f"Running test: {name}\n{json.dumps(shorten(body), indent=4)}")
             began = time.monotonic()
-            answer = self.client.run(body, lambda text: self.screen.tell(label, text))
-            outcome.took = time.monotonic() - began
-            self._succeeded(outcome, answer, label)
+            with understood():
+                answer = self.client.run(body, lambda text: self.screen.tell(label, text))
+                outcome.took = time.monotonic() - began
+                self._succeeded(outcome, answer, label)
         except Failed as fault:
             outcome.took, outcome.error = time.monotonic() - began, fault
             told = f"FAILED: {label}: {fault.code}: {fault}" + (f"\n{fault.hint}" if fault.hint else "")
@@ -742,6 +758,8 @@ class Runs:
         outcome.timings, outcome.meta = {**job, **answer.get("$timings", {})}, answer.get("$meta", {})
         found = [answer[key] for key in (*SINGLE, *SEVERAL, "image_url", "image_urls") if key in answer]
         outcome.images = sum(len(one) if isinstance(one, list) else 1 for one in found)
+        if not outcome.images:
+            raise Failed("NO_IMAGES", "The answer holds no image.", answer=answer)
         if outcome.number == 1:  # of many, the first is enough to look at
             outcome.files, answer = save_images(outcome.name, answer, self.args.output)
         if self.brief:

@@ -314,3 +314,25 @@ def test_an_empty_address_is_the_usual_one(script: Script, tmp_path: Path) -> No
     """As where a guide's ``export TEST_URL=""`` was copied."""
     _, out, _ = run(script, tmp_path, "--json", "--timeout", "1", "txt2img", TEST_URL="")
     assert json.loads(out)["url"] == "http://localhost:8000"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body", "told"),
+    [
+        ((), {}, "FAILED: txt2img: NO_IMAGES: "),
+        ((), {"images_base64": []}, "FAILED: txt2img: NO_IMAGES: "),
+        ((), {"image_base64": ""}, "FAILED: txt2img: NOT_UNDERSTOOD: "),
+        ((), {"image_base64": IMAGE, "$timings": 5}, "FAILED: txt2img: NOT_UNDERSTOOD: "),
+        ((), {"$error": "boom"}, "FAILED: txt2img: NOT_UNDERSTOOD: "),
+        (("--async",), {"id": "job-1", "state": "COMPLETED"}, "FAILED: txt2img: NOT_UNDERSTOOD: "),
+        (("--async",), b"<html>", "FAILED: txt2img: NOT_UNDERSTOOD: "),
+        (("--output", "/dev/null/here"), {"image_base64": IMAGE}, "FAILED: txt2img: NOT_SAVED: /dev/null"),
+    ],
+)
+def test_an_answer_without_a_picture_is_a_failure(
+    script: Script, tmp_path: Path, arguments: tuple[str, ...], body: Any, told: str
+) -> None:
+    script.answers["POST /"] = script.answers["POST /jobs"] = [(200, body)]
+    code, out, err = run(script, tmp_path, "txt2img", *arguments)
+    assert (code, "Traceback" in err) == (1, False), err
+    assert told in out
