@@ -1,7 +1,7 @@
 """Modules that the libraries import and hardly ever use: they are imported when somebody looks into them.
 
 transformers imports ``scipy.optimize`` for the losses of detectors, and diffusers' schedulers import ``scipy.stats``
-for beta sigmas and ``scipy.integrate`` for LMS: together a seventh of the time in which a worker imports its libraries.
+for beta sigmas and ``scipy.integrate`` for LMS: together a fifth of the time in which a worker imports its libraries.
 """
 
 from __future__ import annotations
