@@ -133,7 +133,7 @@ class Handler:
             # who streams sees previews, and so does a webhook; of anybody else admission says that nobody would
             blind = "preview" in found.call_inputs and not _asks(given)
             on_event = tee(None if blind else updates, hook)
-            with telling(hook):
+            async with telling(hook):
                 bucket = read_s3_config(s3) if s3 else None
                 if bucket:
                     await check_s3_config(bucket, settings)
