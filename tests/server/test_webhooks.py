@@ -313,7 +313,7 @@ def test_every_event_arrives_in_order_whatever_dies(tmp_path: Path, models_dir: 
             with ThreadPoolExecutor(4) as threads:  # those that the kill cut off come again, as others
                 others = [n + 1000 for n in range(BOUND) if n not in answered]
                 again = [threads.submit(second.post, inputs, call_of(n)) for n in others]
-            assert {request.result().status_code for request in again} == {200}
+            assert {request.result().status_code for request in again} <= {200}
             deadline = time.monotonic() + 900
             while (
                 any(look(second, job) != "COMPLETED" for job in accepted)
