@@ -15,15 +15,12 @@ import msgspec
 
 from api.errors import ApiError
 from api.models.adapters import FIELDS
-from api.models.archive_pack import pack
 from api.models.description import InstalledModel, describe
 from api.models.installer import Installed, Installer
 from api.models.library import BUNDLED_ORG, InstalledAdapter, Library
-from api.models.locations import Location
 from api.models.refs import SourceRef
-from api.models.s3_upload import upload
-from api.models.sources.remote import access_to
 from api.schema.transfers import Transfer
+from api.service.model_uploads import ModelUploads
 from api.service.progress import Tracker
 from api.service.threads import in_thread, soon
 from api.service.watch import Watch
@@ -131,8 +128,7 @@ class Fetcher:
         self._held: Counter[str] = Counter()
         self._installer = Installer(settings, library.volume, self._leased, library.folder_of)
         self._fetches: dict[str, _Fetch] = {}
-        self._uploads: dict[str, Location] = {}
-        self._uploading: dict[str, Tracker] = {}
+        self._uploads = ModelUploads(settings, self._held)
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(AT_ONCE)
         self._room_for_strangers = asyncio.Semaphore(AT_ONCE)
@@ -240,8 +236,7 @@ class Fetcher:
 
     def transfers(self) -> list[Transfer]:
         """Everything that is on its way now."""
-        trackers = [fetch.tracker for fetch in self._fetches.values()] + list(self._uploading.values())
-        return [transfer for tracker in trackers for transfer in tracker.now()]
+        return [*(event for fetch in self._fetches.values() for event in fetch.tracker.now()), *self._uploads.now()]
 
     def upload_after_use(self, folder: Path, on_event: OnTransfer | None = None) -> None:
         """Begin the upload that was asked for with MODEL_URL, now that an image was returned.
@@ -250,13 +245,13 @@ class Fetcher:
             folder: the model.
             on_event: called with what happens.
         """
-        location = self._uploads.pop(folder.name, None)
-        if location is not None and not self._stopping:
-            self._begin(self._upload(folder, location, on_event))
+        if not self._stopping and (work := self._uploads.due(folder, on_event)):
+            self._begin(work)
 
     async def stop(self) -> None:
         """End what runs; it goes on where it was when it is asked for again."""
         self._stopping = True
+        self._uploads.stop()
         fetches = list(self._fetches.values())
         for fetch in fetches:
             fetch.stopped.set()
@@ -354,49 +349,11 @@ class Fetcher:
             message = f'"{fetch.ref.model_id}" was installed and removed again before it could be used; try again.'
             raise ApiError("MODEL_NOT_FOUND", message, requested=fetch.ref.model_id)
         if installed.upload_to is not None:
-            self._uploads[model.folder.name] = installed.upload_to
+            self._uploads.ask(model.folder, installed.upload_to)
         return Fetched(model, fetch.tracker.timings)
 
     def _leased(self) -> set[str]:
         return self._in_use() | {name for name, count in list(self._held.items()) if count > 0}
-
-    async def _upload(self, folder: Path, location: Location, on_event: OnTransfer | None) -> None:
-        loop = asyncio.get_running_loop()
-
-        def tell(event: Transfer) -> None:
-            if on_event is not None:
-                if location.kind != "prefix":  # packed while it is sent
-                    soon(loop, on_event, msgspec.structs.replace(event, kind="compress"))
-                soon(loop, on_event, event)
-
-        tracker = self._uploading[folder.name] = Tracker(folder.name, tell)
-        self._held[folder.name] += 1
-        by_hand = f"By hand: python -m api models push {folder.name} {location}"
-        try:
-            access = access_to(location, self._settings, trusted=True)
-            await in_thread(
-                lambda: upload(folder, location, self._reporting(tracker), access, pack=pack), f"upload {folder.name}"
-            )
-            log.info("uploaded %s to %s in %d ms", folder.name, location, tracker.timings.get("upload", 0))
-        except ApiError as error:
-            if error.code == "SOURCE_UNREACHABLE":
-                self._uploads[folder.name] = location  # tried again when the model is used again
-            log.error("%s was not uploaded: %s %s %s", folder.name, error.code, error.message, by_hand)
-        except _Stopped:
-            log.warning("the upload of %s was broken off. %s", folder.name, by_hand)
-        except Exception:
-            log.exception("uploading %s failed. %s", folder.name, by_hand)
-        finally:
-            self._held[folder.name] -= 1
-            del self._uploading[folder.name]
-
-    def _reporting(self, tracker: Tracker) -> Callable[[str, int, int | None], None]:
-        def report(phase: str, done: int, total: int | None) -> None:
-            if self._stopping:
-                raise _Stopped
-            tracker.report(phase, done, total)
-
-        return report
 
 
 _NO_SOURCE = ("MODEL_NOT_FOUND", "SOURCE_UNREACHABLE")
