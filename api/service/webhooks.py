@@ -193,6 +193,10 @@ class Webhooks:
         """How many of a job's webhooks wait."""
         return self._lines.behind(url, job) + sum(1 for one in self._unwritten if one.new.job == job)
 
+    def waiting(self, url: str) -> int:
+        """How many wait for a receiver, of all jobs."""
+        return self._lines.waiting(url)
+
     async def listed(self, state: str | None, owner: str | None, limit: int) -> list[Entry]:
         """Those that have not arrived, newest first; see ``Outbox.newest``.
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _BEHIND = 50
 """Events of one job that wait, beyond which there are no previews: they are the large ones, and stale by then."""
+_BEHIND_IN_ALL = 500
+"""The same for all jobs of a receiver: while it is down, the disk does not fill up with pictures."""
 
 
 class Hook:
@@ -68,7 +70,8 @@ class Hook:
             await asyncio.wait({self._last}, timeout=patience)
 
     def _takes_previews(self) -> bool:
-        return self._webhooks.behind(self._url, self._job) < _BEHIND
+        behind = self._webhooks.behind(self._url, self._job)
+        return behind < _BEHIND and self._webhooks.waiting(self._url) < _BEHIND_IN_ALL
 
     def _tell(self, event: Event) -> None:
         self._began = True

@@ -21,7 +21,7 @@ from api.service import webhooks as senders
 from api.service.native_events import NativeEvents
 from api.service.webhooks import Webhooks
 from api.service.webhooks_delivery import Delivery, Outcome, check_receiver
-from api.service.webhooks_hook import _BEHIND, telling
+from api.service.webhooks_hook import _BEHIND, _BEHIND_IN_ALL, telling
 from api.service.webhooks_outbox import Outbox
 from api.service.webhooks_signing import check_key, headers, native_body
 from api.settings import Settings, SettingsError
@@ -395,6 +395,21 @@ async def test_previews_that_nobody_takes_are_left_out_but_no_step(make: Make, r
     await hook.stored()
     found = await webhooks.listed("waiting", "", 1000)
     assert 200 < len(found) <= 200 + _BEHIND
+
+
+async def test_a_receiver_that_is_down_does_not_fill_the_disk_with_previews(make: Make, receiver: Receiver) -> None:
+    webhooks = make()
+    receiver.answer = lambda n: Outcome("no", at_least=3000)
+    jobs = _BEHIND_IN_ALL // 20 * 2
+    for job in range(jobs):
+        hook = webhooks.hook({"SEND_URL": URL}, job=f"j{job}")
+        assert hook is not None
+        for step in range(20):
+            hook(Preview("a", step, 20, [b"x"]))
+        hook(Phase("a", "inference", "done"))
+        await hook.stored()
+    found = await webhooks.listed("waiting", None, 2000)
+    assert jobs + _BEHIND_IN_ALL / 2 < len(found) < jobs + _BEHIND_IN_ALL + 20
 
 
 def test_phases_that_overlap_fail_in_the_one_that_goes_on() -> None:
