@@ -8,6 +8,7 @@ between two look-ups (DNS rebinding) pass through the same place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Iterable
 from typing import Any
@@ -20,6 +21,8 @@ from api.models.addresses import Reach, not_allowed
 from api.models.locations import redacted
 
 MAX_REDIRECTS = 5
+_PATIENCE = 3.0
+"""Seconds that an address gets before the next one of the same name is tried."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -42,7 +45,7 @@ class Guard(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """A connection to the first of a name's addresses.
+        """A connection to the first of a name's addresses that takes one.
 
         Raises:
             NotAllowed: one of them must not be connected to.
@@ -55,7 +58,12 @@ class Guard(httpcore.AsyncNetworkBackend):
         addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
         if not self._reach.permits(host, port, addresses):
             raise NotAllowed(host)
-        return await self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        *others, last = addresses
+        for address in others:  # such as those of IPv6 on a machine that has none
+            patience = _PATIENCE if timeout is None else min(_PATIENCE, timeout / len(addresses))
+            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self._backend.connect_tcp(address, port, patience, local_address, socket_options)
+        return await self._backend.connect_tcp(last, port, timeout, local_address, socket_options)
 
     async def connect_unix_socket(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
         """There are none.

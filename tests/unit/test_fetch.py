@@ -160,6 +160,26 @@ async def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch:
     assert asked.count("rebind.example") == 1
 
 
+async def test_the_next_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a name with addresses of IPv6 where there is none; all of them were checked."""
+
+    async def handle(head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"here"))
+
+    async with serving(handle) as port:
+
+        async def getaddrinfo(self: object, host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+            found = [("::1", socket.AF_INET6), ("127.0.0.9", socket.AF_INET), ("127.0.0.1", socket.AF_INET)]
+            if host != "several.example":  # anyio asks for addresses too
+                found = [(host, socket.AF_INET6 if ":" in host else socket.AF_INET)]
+            return [(family, socket.SOCK_STREAM, 6, "", (address, port)) for address, family in found]
+
+        monkeypatch.setattr(asyncio.get_running_loop().__class__, "getaddrinfo", getaddrinfo)
+        assert await get(f"http://several.example:{port}/", allow_private=True) == b"here"
+        monkeypatch.setattr("api.models.addresses.is_public", lambda address: address != "127.0.0.9")
+        assert await code_of(get(f"http://several.example:{port}/")) == "URL_NOT_ALLOWED"
+
+
 async def test_redirects_end() -> None:
     async def handle(head: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(answer(b"", "302 Found", "Location: /again\r\n"))
