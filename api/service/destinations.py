@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -14,6 +13,7 @@ from api.models.addresses import Reach, not_allowed
 from api.models.locations import Location, parse_location, redacted
 from api.schema.images import IMAGE_FORMATS
 from api.service.fetch import check_scheme
+from api.service.lookups import look_up
 from api.settings import Settings
 
 FIELD = "callInputs.output_url"
@@ -131,8 +131,8 @@ async def check_destinations(destinations: tuple[Destination, ...], settings: Se
     parts = [urlsplit(found.url) for found in destinations if found.url and not reach.everywhere]
     for host in {(part.hostname or "", part.port or (443 if part.scheme == "https" else 80)) for part in parts}:
         try:
-            loop = asyncio.get_running_loop()
-            addresses = [str(info[4][0]) for info in await loop.getaddrinfo(*host, type=socket.SOCK_STREAM)]
+            async with asyncio.timeout(settings.fetch_timeout):
+                addresses = await look_up(*host)
         except (OSError, UnicodeError):
             message = f"The name {host[0]} cannot be resolved."
             raise ApiError("URL_NOT_ALLOWED", message, field=field, requested=host[0]) from None

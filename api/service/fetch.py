@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -19,6 +18,7 @@ import httpcore
 from api.errors import ApiError
 from api.models.addresses import Reach, not_allowed
 from api.models.locations import redacted
+from api.service.lookups import look_up
 
 MAX_REDIRECTS = 5
 _PATIENCE = 3.0
@@ -50,12 +50,10 @@ class Guard(httpcore.AsyncNetworkBackend):
         Raises:
             NotAllowed: one of them must not be connected to.
         """
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = await look_up(host, port)
         except (OSError, UnicodeError) as fault:
             raise httpcore.ConnectError(f"the name {host} cannot be resolved") from fault
-        addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
         if not self._reach.permits(host, port, addresses):
             raise NotAllowed(host)
         *others, last = addresses

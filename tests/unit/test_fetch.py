@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -178,6 +180,26 @@ async def test_the_next_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPat
         assert await get(f"http://several.example:{port}/", allow_private=True) == b"here"
         monkeypatch.setattr("api.models.addresses.is_public", lambda address: address != "127.0.0.9")
         assert await code_of(get(f"http://several.example:{port}/")) == "URL_NOT_ALLOWED"
+
+
+async def test_names_that_nobody_knows_leave_threads_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, answer_now = asyncio.get_running_loop(), threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(32))
+
+    async def getaddrinfo(self: asyncio.AbstractEventLoop, host: str, port: int, **_: object) -> list[object]:
+        await self.run_in_executor(None, answer_now.wait)
+        raise socket.gaierror
+
+    monkeypatch.setattr(loop.__class__, "getaddrinfo", getaddrinfo)
+    try:
+        asked = [code_of(get(f"http://{n}.example/", timeout=0.2)) for n in range(60)]
+        assert await asyncio.gather(*asked) == ["SOURCE_UNREACHABLE"] * 60
+        async with asyncio.timeout(5):
+            assert await asyncio.to_thread(lambda: "done") == "done"
+    finally:
+        answer_now.set()
+    async with asyncio.timeout(20):  # and are there again afterwards
+        assert await code_of(get("http://another.example/")) == "SOURCE_UNREACHABLE"
 
 
 async def test_redirects_end() -> None:
