@@ -141,13 +141,17 @@ class Intake:
             How many jobs waited.
 
         Raises:
-            ApiError: NOT_READY.
+            ApiError: NOT_READY, DISK_FULL.
         """
         await self._until_recovered()
         return await asyncio.shield(self._begin(self._purge(endpoint, owner)))
 
     async def _purge(self, endpoint: str, owner: str) -> int:
-        purged = await self.ledger.purge(endpoint, owner, ApiError("CANCELLED", "The queue was purged."))
+        try:
+            purged = await self.ledger.purge(endpoint, owner, ApiError("CANCELLED", "The queue was purged."))
+        except sqlite3.Error as fault:
+            log.exception("that a queue was purged could not be stored")
+            raise ApiError("DISK_FULL", f"Nothing was purged: STATE_DIR cannot be written to: {fault}.") from fault
         self._count(-purged)
         return purged
 

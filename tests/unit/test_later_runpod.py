@@ -305,3 +305,21 @@ async def test_a_job_that_is_tried_again_counts_for_its_key_until_it_is_over(tmp
     await ended(fake, entry.id)
     assert (await fake.later.accept("r", PROMPT, {}, terms=terms())).state == JobState.IN_QUEUE
     await fake.later.stop()
+
+
+async def test_a_purge_that_cannot_be_written_says_so_and_cancels_nothing(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [await fake.later.accept("r", PROMPT, {}, terms=terms()) for _ in range(3)]
+
+    def full(*_: Any, **__: Any) -> bool:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(fake.later._store, "_end", full)
+    with pytest.raises(ApiError) as caught:
+        await fake.later.purge("e", "alice")
+    assert caught.value.code == "DISK_FULL"
+    monkeypatch.undo()
+    fake.go.set()
+    assert [(await ended(fake, entry.id)).state for entry in entries] == [JobState.COMPLETED] * 3
+    assert fake.later.waiting == fake.dispatcher.expected == 0

@@ -179,7 +179,8 @@ def _second_version() -> Operations:
         ),
         "POST purge-queue": _of(
             "PurgeQueue", "Cancel what waits",
-            of("How many jobs were cancelled.", purged, three={"removed": 3, "status": "completed"}), ("NOT_READY",),
+            of("How many jobs were cancelled.", purged, three={"removed": 3, "status": "completed"}),
+            ("NOT_READY", "DISK_FULL"),
         ),
     }  # fmt: skip
 
