@@ -254,7 +254,10 @@ class Store:
         Returns:
             How many jobs were removed.
         """
-        removed = self._remove("SELECT id FROM jobs WHERE over AND told AND expires <= ?", (now,))
+        old = "SELECT id FROM jobs WHERE over AND told AND expires <= ?"
+        for (job_id,) in self._db.execute(old, (now,)).fetchall():
+            self.images.remove(job_id)  # first: on a disk that is full, nothing is written before there is room
+        removed = self._remove(old, (now,))
         known = {row[0] for row in self._db.execute("SELECT id FROM jobs WHERE over")}
         for job_id in self.images.ids() - known:
             self.images.remove(job_id)

@@ -364,3 +364,19 @@ def test_of_images_that_do_not_fit_on_the_disk_none_stays(
         store.complete("a", result_of("x", images=3), [], now=2.0, ttl=LONG)
     assert renamed
     assert not list((tmp_path / "results").rglob("*.*"))
+
+
+def test_old_images_make_room_on_a_disk_that_is_full(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept(store, "a")
+    store.take(1.0, [])
+    store.complete("a", result_of("x"), [], now=2.0, ttl=1.0)
+
+    def write(*_: Any) -> int:
+        if list((tmp_path / "results").rglob("*.*")):
+            raise sqlite3.OperationalError("database or disk is full")
+        return 1
+
+    monkeypatch.setattr(store, "_remove", write)
+    assert store.remove_old(4.0) == 1
