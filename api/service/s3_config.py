@@ -63,7 +63,7 @@ def read_s3_config(value: Any) -> S3Config:
             raise ApiError("INVALID_INPUTS", message, field=f"{FIELD}.{name}")
     config = msgspec.convert(sent, S3Config)
     check_scheme(config.endpoint_url, f"{FIELD}.endpointUrl")
-    _folder(config, "job")
+    _folder(config, "j" * 112)  # as long as the id of a job and the name of an image may be
     return config
 
 

@@ -69,6 +69,7 @@ def test_what_a_body_says() -> None:
         ({"s3Config": {**S3, "bucketName": "a#fname=b"}}, "INVALID_INPUTS", "s3Config"),
         ({"s3Config": {**S3, "objectPath": "../up"}}, "INVALID_INPUTS", "s3Config"),
         ({"s3Config": {**S3, "objectPath": "a#fname=b"}}, "INVALID_INPUTS", "s3Config"),
+        ({"s3Config": {**S3, "objectPath": "a" * 950}}, "INVALID_INPUTS", "s3Config"),  # with what is put behind it
         ({"s3Config": S3, "input": {**INPUT, "output_url": "https://x/y"}}, "INVALID_INPUTS", "s3Config"),
     ],
 )
