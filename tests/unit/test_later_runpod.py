@@ -7,7 +7,7 @@ import sqlite3
 import types
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -61,6 +61,8 @@ class Fake:
 
 
 class _Admitted:
+    options: ClassVar = {"callback_steps": 2}
+
     def __init__(self, request: Any, inputs: dict[str, Any], destinations: tuple[Any, ...] = ()) -> None:
         self.request, self.inputs, self.destinations = request, inputs, destinations
 
@@ -323,3 +325,46 @@ async def test_a_purge_that_cannot_be_written_says_so_and_cancels_nothing(
     fake.go.set()
     assert [(await ended(fake, entry.id)).state for entry in entries] == [JobState.COMPLETED] * 3
     assert fake.later.waiting == fake.dispatcher.expected == 0
+
+
+async def test_a_receiver_of_events_is_told_of_all_of_a_job(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    class Hook:
+        def __call__(self, event: Any) -> None:
+            told.append(event)
+
+        def begin(self, options: Any = None) -> None:
+            told.append(options)
+
+        async def stored(self) -> None: ...
+
+    def hook(call_inputs: dict[str, Any], *, job: str, owner: str) -> Hook:
+        told.append((job, owner))
+        return Hook()
+
+    async def finish(*_: Any, on_upload: Any, **__: Any) -> GenerationResult:
+        on_upload("uploaded")
+        return GenerationResult([b"x"], {"image_format": "PNG"}, {}, 0.0)
+
+    fake.webhooks.hook = hook
+    monkeypatch.setattr(fake, "finish", finish)
+    entry = await fake.later.accept("r", PROMPT, {}, terms=terms())
+    assert (await ended(fake, entry.id)).state == JobState.COMPLETED
+    assert told == [(entry.id, "alice"), None, {"callback_steps": 2}, "uploaded"]
+
+
+async def test_who_is_told_of_a_job_that_never_ran_belongs_to_its_key(fake: Fake) -> None:
+    told: list[Any] = []
+
+    def hook(_: Any, *, job: str, owner: str) -> Any:
+        told.append((job, owner))
+        return types.SimpleNamespace(begin=lambda: None, fail=lambda error: told.append(error.code))
+
+    await fake.later.accept("r", PROMPT, {}, terms=terms())
+    entry = await fake.later.accept("r", PROMPT, {}, terms=terms(owner="bob"))
+    while not fake.later._running:
+        await asyncio.sleep(0.01)
+    fake.webhooks.hook = hook
+    await fake.later.cancel(entry.id)
+    assert told == [(entry.id, "bob"), "CANCELLED"]
