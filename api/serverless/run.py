@@ -14,6 +14,7 @@ import signal
 import stat
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ def run(settings: Settings, test_input: str | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the SDK listens
     names = devices(settings)
     spawned = [spawn(name, len(names)) for name in names]
+    # what is taken off the platform's queue may wait here for a worker that is started again
+    settings = replace(settings, max_queue=max(settings.max_queue, len(names) * settings.max_concurrency))
     from api.serverless.hosting import Hosted
     from api.service.service import Service
 

@@ -28,6 +28,7 @@ from api.serverless.hosting import Hosted
 from api.serverless.run import _alone, run
 from api.serverless.timeline import Timeline
 from api.serverless.updates import Updates
+from api.service.service import Service
 from api.service.webhooks import Webhooks
 from api.service.workers import Worker
 from api.settings import Settings
@@ -208,15 +209,25 @@ async def test_webhooks_are_told_of_a_job_as_they_are_of_a_request() -> None:
     assert stage.told[0]["payload"]["jobId"] == "good"
 
 
-def test_a_device_that_is_named_twice_has_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def begun(monkeypatch: pytest.MonkeyPatch, folder: Path, **environ: str) -> Service:
+    """The service as it is when it is to be started."""
     hosts: list[Hosted] = []
     monkeypatch.setattr("api.serverless.run.spawn", lambda *_: object())
     monkeypatch.setattr(Hosted, "start", lambda self: hosts.append(self) or sys.exit(3))
-    settings = Settings.from_env({"DEVICES": "cpu,cpu", "STATE_DIR": str(tmp_path)})
     with pytest.raises(SystemExit):
-        run(settings)
-    first, second = hosts[0].service.dispatcher.workers
+        run(Settings.from_env({"DEVICES": "cpu,cpu", "STATE_DIR": str(folder), **environ}))
+    return hosts[0].service
+
+
+def test_a_device_that_is_named_twice_has_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second = begun(monkeypatch, tmp_path).dispatcher.workers
     assert first.spawned is not second.spawned
+
+
+def test_all_jobs_that_it_takes_may_wait_for_a_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    service = begun(monkeypatch, tmp_path, MAX_CONCURRENCY="4", MAX_QUEUE="1")
+    service.dispatcher.expected = 7
+    service.dispatcher.check_room()
 
 
 async def test_a_fault_is_told_without_what_is_inside() -> None:
