@@ -18,9 +18,12 @@ def runpod(settings: Settings, args: argparse.Namespace) -> int:
         return 2
     if args.test_input is not None:
         try:
-            json.loads(args.test_input)
+            job = json.loads(args.test_input)
         except ValueError as fault:
             print(f"--test_input is not JSON: {fault}.", file=sys.stderr)
+            return 2
+        if not isinstance(job, dict) or "input" not in job:
+            print('--test_input must be a job: {"input": {"prompt": …}}.', file=sys.stderr)
             return 2
     from api.serverless.run import run
 

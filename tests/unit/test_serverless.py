@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from runpod.serverless.modules.worker_state import JobsProgress
 
+from api.cli.main import main
 from api.cli.start import takes_jobs
 from api.errors import ApiError
 from api.schema.generation import GenerationResult
@@ -228,6 +229,12 @@ def test_all_jobs_that_it_takes_may_wait_for_a_worker(monkeypatch: pytest.Monkey
     service = begun(monkeypatch, tmp_path, MAX_CONCURRENCY="4", MAX_QUEUE="1")
     service.dispatcher.expected = 7
     service.dispatcher.check_room()
+
+
+@pytest.mark.parametrize("given", ["{", "5", "{}", '{"prompt": "x"}'])
+def test_a_job_in_the_terminal_that_is_none(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runpod", "--test_input", given]) == 2
+    assert capsys.readouterr().err.startswith("--test_input ")
 
 
 async def test_a_fault_is_told_without_what_is_inside() -> None:
