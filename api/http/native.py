@@ -174,6 +174,10 @@ _BEHIND = 50
 """Lines that a client has not read, beyond which it gets no previews: they are the large ones, and nobody sees them."""
 
 
+_QUIET = 10.0
+"""Seconds without a line, such as those of a request that waits for its turn, after which there is one all the same."""
+
+
 class _Lines:
     """The events of one request, as they go into its stream."""
 
@@ -213,17 +217,21 @@ async def _stream(
         job = asyncio.create_task(run())
         job.add_done_callback(lambda _: lines.queue.put_nowait(None))
         response = await request.respond(content_type="application/x-ndjson")
-        tick = asyncio.get_running_loop().time() + 1
+        clock = asyncio.get_running_loop().time
+        tick, sent = clock() + 1, clock()
         while True:
             line = None
             with contextlib.suppress(TimeoutError):
-                line = await asyncio.wait_for(lines.queue.get(), tick - asyncio.get_running_loop().time())
+                line = await asyncio.wait_for(lines.queue.get(), tick - clock())
                 if line is None:
                     break
             if line is None:
                 tick += 1
                 if (line := lines.events.progress) is None:
-                    continue
+                    if clock() < sent + _QUIET:
+                        continue
+                    line = lines.events.quiet
+            sent = clock()
             await response.send(orjson.dumps(line) + b"\n")
         try:
             last = result_body(job.result())

@@ -73,6 +73,11 @@ class NativeEvents:
         share = steps["step"] / steps["total"] if steps else 0.0
         return {"type": "inference", "progress": share, **(steps or {})}
 
+    @property
+    def quiet(self) -> Event:
+        """The line that streams have while nothing happens, of the same form: a proxy cuts what is silent."""
+        return {"type": "inference", "progress": 1.0 if "inference" in self._last else 0.0}
+
     def __call__(self, event: OnTheWay | Transfer) -> None:
         """As ``on_event`` of the service."""
         if isinstance(event, Transfer):

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from api.engine.parameters import parameters
@@ -80,6 +85,39 @@ def test_the_lines_of_a_stream() -> None:
     assert lines[4]["payload"]["images_base64"] == ["eA==", "eA=="]
     assert lines[3]["payload"]["eta"] >= 0
     assert [list(line) for line in lines] == [list(lines[0])] * 6
+
+
+async def test_a_stream_in_which_nothing_happens_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that waits for its turn; a proxy would cut it."""
+    monkeypatch.setattr(native, "_QUIET", 0.5)
+    sent: list[dict[str, Any]] = []
+    enough = asyncio.Event()
+
+    class Service:
+        settings, watch = SimpleNamespace(container_id=""), SimpleNamespace(error=lambda code: None)
+
+        async def admit(self, *_: Any) -> Any:
+            return SimpleNamespace(options={})
+
+        def submit(self, *_: Any) -> None:
+            pass
+
+        async def finish(self, _: None) -> Any:
+            await enough.wait()
+            raise ApiError("TIMED_OUT", "It was never its turn.")
+
+    async def send(line: bytes) -> None:
+        sent.append(json.loads(line))
+        enough.set()
+
+    async def respond(**_: Any) -> Any:
+        return SimpleNamespace(send=send, eof=lambda: asyncio.sleep(0))
+
+    app, ctx = SimpleNamespace(ctx=SimpleNamespace(service=Service())), SimpleNamespace(id="a")
+    request: Any = SimpleNamespace(app=app, ctx=ctx, respond=respond)
+    await asyncio.wait_for(native._stream(request, {}, {}, None), 20)
+    assert sent[0] == {"type": "inference", "progress": 0.0}
+    assert sent[-1]["$error"]["code"] == "TIMED_OUT"
 
 
 def test_the_time_since_the_start_is_not_that_since_a_preview(monkeypatch: pytest.MonkeyPatch) -> None:
