@@ -2,6 +2,9 @@
 
 transformers imports ``scipy.optimize`` for the losses of detectors, and diffusers' schedulers import ``scipy.stats``
 for beta sigmas and ``scipy.integrate`` for LMS: together a fifth of the time in which a worker imports its libraries.
+
+What imports a submodule by its own name, as in ``import scipy.stats.distributions``, before the module was used, may
+find it half imported. None of the libraries does.
 """
 
 from __future__ import annotations
