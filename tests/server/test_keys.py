@@ -16,6 +16,7 @@ from sanic import Sanic
 from api.http.keys import OPEN
 from api.logs import Redactor
 from api.schema.transfers import Transfer
+from api.service.entries import Terms
 from tests.inprocess import app_of, service_of, serving
 
 KEY = "right-key-of-alice"
@@ -265,3 +266,28 @@ async def test_webhooks_are_those_of_the_key_that_asks(tmp_path: Path, monkeypat
             answer = await client.post(f"/webhooks/{id_}/redeliver", headers=as_(name))
             assert (answer.status_code, "let-in-by" in answer.text) == (status, False), name
         await service.webhooks.stop()
+
+
+async def test_a_job_is_there_only_for_the_key_that_it_came_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = service_of(API_KEYS=f"alice:{KEY},bob:right-key-of-bob", STATE_DIR=str(tmp_path))
+    service.later.open()
+    service.later._recovered.set()
+    terms = Terms(owner="alice", endpoint="e")
+    service.later._store.accept("a", "r", b"{}", priority=1, now=0.0, ttl=1e12, events=[], terms=terms)
+    bob = {"Authorization": "Bearer right-key-of-bob"}
+    async with serving(app_of(service, monkeypatch)) as client:
+        for method, path in (
+            ("GET", "/v2/e/status/a"), ("GET", "/v2/e/status-sync/a"), ("GET", "/v2/e/stream/a"), ("POST", "/v2/e/retry/a"),
+            ("POST", "/v2/e/cancel/a"), ("GET", "/jobs/a"), ("GET", "/jobs/a/events"), ("GET", "/jobs/a/images/0"),
+            ("GET", "/jobs/a/previews/0"), ("DELETE", "/jobs/a"),
+        ):  # fmt: skip
+            assert (await client.request(method, path, headers=bob)).status_code == 404, path
+        assert (await client.post("/v2/e/purge-queue", headers=bob)).json()["removed"] == 0
+        for headers, count in ((bob, 0), (BEARER, 1)):
+            assert len((await client.get("/jobs", headers=headers)).json()["jobs"]) == count
+            assert (await client.get("/v2/e/health", headers=headers)).json()["jobs"]["inQueue"] == count
+        assert (await client.get("/v2/e/status/a", headers=BEARER)).json()["status"] == "IN_QUEUE"
+        assert (await client.post("/v2/e/purge-queue", headers=BEARER)).json()["removed"] == 1
+    await service.later.ledger.close()
