@@ -269,6 +269,7 @@ def test_what_is_wrong_is_said(world: World, case: str) -> None:
     assert error["field"].startswith(f"callInputs.{name}"), error
 
 
+@pytest.mark.slow
 def test_nothing_half_stays(world: World) -> None:
     """A download that breaks off is an error, leaves nothing that is taken for whole, and goes on the next time."""
     content = (world.made / "one.safetensors").read_bytes()

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 
 from scripts.demo_model.checker import check, read
 from scripts.demo_model.grammar import Scene, Thing, caption
@@ -70,6 +71,7 @@ def test_outlined_draws_lines_and_more_so_at_a_larger_scale(server: Server) -> N
     assert right >= 6
 
 
+@pytest.mark.slow
 def test_night_makes_the_background_dark_and_more_so_at_a_larger_scale(server: Server) -> None:
     light = []
     for scale in SCALES:

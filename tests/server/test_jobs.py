@@ -279,7 +279,7 @@ def test_what_is_old_is_removed(tmp_path: Path, models_dir: Path) -> None:
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("kill", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_jobs_survive_a_restart_and_give_the_image_made_at_once(tmp_path: Path, models_dir: Path, kill: bool) -> None:
     environ = {"MODELS_DIR": str(models_dir), "MAX_CONCURRENCY": "2", "DRAIN_TIMEOUT": "0.2"}
     server = Server(environ, tmp_path / "server.log")
@@ -316,6 +316,7 @@ def test_jobs_survive_a_restart_and_give_the_image_made_at_once(tmp_path: Path, 
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_job_that_was_running_at_three_deaths_is_failed(tmp_path: Path, models_dir: Path) -> None:
     environ = {"MODELS_DIR": str(models_dir)}
     server = Server(environ, tmp_path / "server.log")

@@ -98,7 +98,9 @@ def test_a_worker_that_dies_is_replaced_and_its_job_is_done_all_the_same(living:
     assert restarts(living) == before + 1
 
 
-@pytest.mark.parametrize(("how", "deaths"), [(signal.SIGSEGV, 2), (signal.SIGKILL, 3)])
+@pytest.mark.parametrize(
+    ("how", "deaths"), [(signal.SIGSEGV, 2), pytest.param(signal.SIGKILL, 3, marks=pytest.mark.slow)]
+)
 def test_a_job_whose_worker_dies_again_and_again_is_failed_not_retried_for_ever(
     living: Server, how: signal.Signals, deaths: int
 ) -> None:
@@ -196,6 +198,7 @@ def test_port_0_tells_which_port_it_took(models_dir: Path) -> None:
         process.wait(20)
 
 
+@pytest.mark.slow
 def test_deaths_after_a_good_start_never_add_up_to_defunct(living: Server) -> None:
     living.wait_ready()
     before = restarts(living)

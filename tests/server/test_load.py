@@ -173,6 +173,7 @@ def test_legacy_status_is_200_and_debug_shows_the_stack(small: Server) -> None:
     assert small.client.get("/nowhere").status_code == 404
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_queue_and_keep_their_models(models_dir: Path, tmp_path: Path) -> None:
     """With two devices two jobs run at once, and a job goes where its model is in memory."""
     environ = {"MODELS_DIR": str(models_dir), "DEVICES": "cpu,cpu", "MODEL_ID": "tiny/a", "OMP_NUM_THREADS": "1"}

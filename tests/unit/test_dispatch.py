@@ -16,6 +16,7 @@ from api.service.blame import Blame
 from api.service.dispatch import Dispatcher
 from api.service.jobs import Job, JobState
 from api.service.service import Service
+from api.service.usage import Usage
 from api.service.workers import Worker
 from api.settings import Settings
 
@@ -90,6 +91,7 @@ def error_of(job: Job) -> ApiError:
 def service_of(pool: Pool) -> Service:
     service = object.__new__(Service)
     service.settings, service.dispatcher = pool.settings, pool.dispatcher
+    service.usage = Usage(pool.settings.state_dir)
     return service
 
 

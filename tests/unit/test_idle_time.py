@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+import pytest
+
 from api.engine.parts import HostPart, PartSpec
 from api.engine.staging import Stager
 from tests.unit.test_cache import FakeLoader, Setup, ref
@@ -57,6 +59,7 @@ def idle_seconds(names: Sequence[str], *, ahead: bool) -> float:
     return sum(began[later] - ended[earlier] for earlier, later in itertools.pairwise(order))
 
 
+@pytest.mark.slow
 def test_reading_ahead_takes_the_waiting_away() -> None:
     names = "abcabcabc"
     without = idle_seconds(names, ahead=False)

@@ -162,7 +162,10 @@ async def test_purging_and_trying_again_count_what_waits(fake: Fake) -> None:
     others = [await fake.later.accept("r", PROMPT, {}, terms=terms(owner=owner)) for owner in ("alice", "bob")]
     waiting = asyncio.create_task(ended(fake, others[0].id))
     await asyncio.sleep(0.1)
+    ends: list[Any] = []
+    fake.later.ledger.watch.later_over = lambda *end: ends.append(end)  # type: ignore[method-assign]
     assert await fake.later.purge("e", "alice") == 2
+    assert [(state, error.code) for _, state, error in ends] == [("CANCELLED", "CANCELLED")] * 2
     assert (await waiting).state == JobState.CANCELLED
     assert fake.later.waiting == fake.dispatcher.expected == 1
     with pytest.raises(ApiError, match="this one is CANCELLED"):
