@@ -26,6 +26,10 @@ def register(app: Sanic) -> None:
     async def tell(_: Sanic) -> None:
         if not service.gate.keys:
             log.info("API_KEYS is not set: whoever reaches this server may use it")
+            settings = service.settings
+            limits = {"KEY_RATE_LIMIT": settings.key_rate_limit, "KEY_CONCURRENCY": settings.key_concurrency}
+            if idle := [name for name, limit in limits.items() if any(limit.values())]:
+                log.warning("nobody is limited by %s: there are no API_KEYS", ", ".join(idle))
         if weak := service.gate.keys.weak:
             log.warning("short keys can be guessed, make them anew with: openssl rand -hex 32 (%s)", ", ".join(weak))
 

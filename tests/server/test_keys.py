@@ -204,11 +204,17 @@ async def test_no_key_is_in_a_log(app: Sanic, client: httpx.AsyncClient, caplog:
 
 
 @pytest.mark.parametrize(
-    ("environ", "says"), [({}, "API_KEYS is not set"), ({"API_KEYS": "alice:short"}, "alice"), ({"API_KEYS": KEY}, "")]
+    ("environ", "says"),
+    [
+        ({}, ["API_KEYS is not set"]),
+        ({"KEY_CONCURRENCY": "3"}, ["API_KEYS is not set", "nobody is limited by KEY_CONCURRENCY"]),
+        ({"API_KEYS": "alice:short"}, ["alice"]),
+        ({"API_KEYS": KEY, "KEY_CONCURRENCY": "3"}, []),
+    ],
 )
 async def test_what_is_said_at_the_start(
     environ: dict[str, str],
-    says: str,
+    says: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -217,7 +223,8 @@ async def test_what_is_said_at_the_start(
     app = app_of(service_of(STATE_DIR=str(tmp_path), **environ), monkeypatch)
     async with serving(app) as client:
         told: list[Any] = [record.getMessage() for record in caplog.records if record.name == "api.http"]
-        assert [says in line for line in told] == [True] * bool(says)
+        assert len(told) == len(says), told
+        assert all(wanted in line for wanted, line in zip(says, told, strict=True))
         assert "short" not in str(told).replace("short keys", "")
         if not environ:
             assert (await client.get("/schedulers")).status_code == 200
