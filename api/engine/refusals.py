@@ -50,6 +50,6 @@ def refused_inputs(fault: Exception, inputs: dict[str, Any], pipeline: str) -> A
     """What a request is told that is to blame for a pipeline's failure; None where it is not."""
     if not is_of_inputs(fault, inputs):
         return None
-    log.warning("%s refused its inputs", pipeline, exc_info=fault)
+    log.debug("%s refused its inputs", pipeline, exc_info=fault)
     message = f"diffusers refused the inputs: {fault}"
     return ApiError("PIPELINE_ERROR", message[:1000], field="modelInputs")
