@@ -140,6 +140,7 @@ def pickled(content: Any) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_pickles_are_converted(world: World) -> None:
     """By torch's weights-only loader; what holds anything else is refused, and nothing of it stays."""
     site, (rows,) = world.site, load_file(ROOT / "models" / "adapters" / "sun.safetensors").values()

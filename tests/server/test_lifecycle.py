@@ -152,6 +152,7 @@ def test_kill_9_leaves_no_worker_behind(fresh: Server, busy: bool) -> None:
         wait_gone(pid)
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_is_given_up_and_said(models_dir: Path, tmp_path: Path) -> None:
     server = Server({"MODELS_DIR": str(models_dir), "DEVICES": "cuda:9"}, tmp_path / "server.log")
     try:

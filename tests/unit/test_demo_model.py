@@ -75,6 +75,7 @@ def test_the_model_is_small_and_in_the_ordinary_layout() -> None:
         assert (MODEL / "tokenizer" / name).is_file()
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_evaluation(demo) -> None:
     """Fifty of the 500 prompts at the guidance scale that old clients send; docs/demo-model.md has all."""
     from scripts.demo_model import evaluate
