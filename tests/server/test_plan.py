@@ -98,6 +98,7 @@ def test_a_model_that_never_fits(planning: Server, models_dir: Path, tmp_path: P
     assert plan["why"] == refused.json()["$error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_here(models_dir: Path, tmp_path: Path) -> None:
     with (
         HubStandIn({"hub/a": {"main": models_dir / "tiny--a"}}, tokens={TOKEN: []}) as hub,

@@ -154,7 +154,8 @@ def test_five_models_that_share_parts_hold_them_once(ten: Path, right: dict[str,
         assert memory(server)["device"]["bytes"] == memory(server)["host"]["bytes"] == 0
 
 
-@pytest.mark.parametrize("slots", ["1", pytest.param("16", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/unit/test_dispatch_order.py says it of the queue alone
+@pytest.mark.parametrize("slots", ["1", "16"])
 def test_an_alternating_queue_switches_seldom(ten: Path, tmp_path: Path, slots: str) -> None:
     one = bytes_of(folder_of(ten, MODELS[9]))
     limits = {"VRAM_LIMIT": str(one), "MAX_CONCURRENCY": slots}
