@@ -26,8 +26,8 @@ from api.service.webhooks_delivery import Delivery, Outcome
 from api.service.webhooks_hook import Hook
 from api.service.webhooks_lines import Lines, Waiting
 from api.service.webhooks_outbox import Entry, New, Outbox
-from api.service.webhooks_signing import headers
-from api.settings import Settings
+from api.service.webhooks_signing import check_key, headers
+from api.settings import Settings, SettingsError
 
 log = logging.getLogger("api.webhooks")
 
@@ -59,6 +59,9 @@ class Webhooks:
         clock: seconds since the epoch.
         draw: a number between two.
 
+    Raises:
+        SettingsError: SIGN_KEY cannot be used.
+
     Attributes:
         watch: told of each time that one was sent.
     """
@@ -70,6 +73,11 @@ class Webhooks:
         clock: Callable[[], float] = time.time,
         draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
+        if settings.sign_key:
+            try:
+                check_key(settings.sign_key)
+            except ValueError as fault:
+                raise SettingsError(f"SIGN_KEY: {fault}") from None
         self._settings = settings
         self._clock = clock
         self._send = send

@@ -322,8 +322,8 @@ def test_keys_that_are_none(key: str) -> None:
     with pytest.raises(ValueError, match="base64"):
         check_key(key)
     with pytest.raises(SettingsError) as fault:
-        Settings.from_env({"SIGN_KEY": key})
-    assert "SIGN_KEY=…:" in str(fault.value)
+        Webhooks(Settings.from_env({"SIGN_KEY": key}))
+    assert str(fault.value).startswith("SIGN_KEY: ") and key not in str(fault.value).replace("whsec_ must", "")
 
 
 async def test_an_event_that_fails_says_in_what(make: Make, receiver: Receiver) -> None:
