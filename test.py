@@ -349,8 +349,8 @@ def parse(data: bytes) -> Json:
 # --- the two kinds of server --------------------------------------------------------------------------
 
 
-class Native:
-    """A server of this project, through its own dialect.
+class Way:
+    """A way to have a request run.
 
     Args:
         http: to be sent through.
@@ -361,6 +361,10 @@ class Native:
 
     def __init__(self, http: Http, how: str, limit: float, stop: threading.Event) -> None:
         self.http, self.how, self.limit, self.stop = http, how, limit, stop
+
+
+class Native(Way):
+    """A server of this project, through its own dialect."""
 
     def run(self, body: Json, tell: Callable[[str], None]) -> Json:
         """The answer to one request.
@@ -404,18 +408,8 @@ class Native:
         return {**job["result"], "job": {key: job.get("timings", {}).get(key) for key in ("queued", "running")}}
 
 
-class RunPod:
-    """An endpoint of RunPod, or this server under ``/v2``.
-
-    Args:
-        http: to be sent through.
-        how: ``stream`` reads ``/stream``; anything else polls ``/status``.
-        limit: seconds that a request may take.
-        stop: set when everything is to end.
-    """
-
-    def __init__(self, http: Http, how: str, limit: float, stop: threading.Event) -> None:
-        self.http, self.how, self.limit, self.stop = http, how, limit, stop
+class RunPod(Way):
+    """An endpoint of RunPod, or this server under ``/v2``; without ``stream``, ``/status`` is polled."""
 
     def run(self, body: Json, tell: Callable[[str], None]) -> Json:
         """The output of one job.
