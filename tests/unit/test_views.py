@@ -67,7 +67,8 @@ def test_perturbed_attention_is_on_for_its_own_job_only(model: ModelRef) -> None
     alone = {each.id: Engine(Device("cpu")).generate(each).images for each in requests}
     unperturbed = Engine(Device("cpu")).generate(request(model, 1, 0.0)).images
     assert far(alone["1"], unperturbed) > 2
-    engine = Engine(Device("cpu"))
+    # prompts that were encoded together are remembered as they came out then, which may be in another order too
+    engine = Engine(Device("cpu"), embeddings_limit=0)
     images = together(engine, requests)
     # text and plain steps are merged, and float32 sums in another order then
     assert max(far(alone[key], images[key]) for key in alone) <= 1
