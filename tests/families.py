@@ -303,3 +303,28 @@ def save_family(name: str, folder: Path) -> None:
         if isinstance(part, torch.nn.Module):
             part.eval()
     pipe.save_pretrained(folder)
+
+
+def save_refiner(folder: Path, **codec: Any) -> None:
+    """A refiner of SDXL: one text encoder, the second, and a score among what its denoiser is told.
+
+    Args:
+        codec: settings of its autoencoder.
+    """
+    torch.manual_seed(7)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=32, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time", norm_num_groups=4,
+        addition_time_embed_dim=8, transformer_layers_per_block=(1, 2), cross_attention_dim=WIDTH,
+        projection_class_embeddings_input_dim=5 * 8 + WIDTH,
+    )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, steps_offset=1, beta_schedule="scaled_linear", timestep_spacing="leading"
+    )
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=vae(4, **codec), unet=unet, scheduler=scheduler, text_encoder=None, tokenizer=None,
+        text_encoder_2=clip(CLIPTextModelWithProjection), tokenizer_2=clip_tokenizer(),
+        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)

@@ -36,7 +36,11 @@ OnPhase = Callable[[str, str], None]
 
 
 class Ran(NamedTuple):
-    """A run that went well, and how it was done."""
+    """A run that went well, and how it was done.
+
+    Where another generation follows, ``latents`` may take the place of images, and ``random`` is the state in which it
+    left its generators.
+    """
 
     images: np.ndarray
     nsfw: list[bool] | None
@@ -45,6 +49,8 @@ class Ran(NamedTuple):
     placement: str
     told: dict[str, Any]
     extras: dict[str, bytes]
+    latents: torch.Tensor | None = None
+    random: Sequence[torch.Tensor] = ()
 
 
 class _Short(NamedTuple):
@@ -60,7 +66,11 @@ class _Unloadable(Exception):
 
 @dataclass
 class Job:
-    """A request on its way, through as many runs as it takes; the arguments are those of ``Engine.generate``."""
+    """A request on its way, through as many runs as it takes; the arguments are those of ``Engine.generate``.
+
+    One that is a stage of a flow (``flows``) takes what the one before ``handed`` over, by argument, and goes on where
+    that left its generators, ``random``; with ``latents`` it gives these in the place of images.
+    """
 
     request: GenerationRequest
     on_step: OnStep
@@ -72,6 +82,9 @@ class Job:
     began: float = 0.0
     short: _Short = _Short("", "")
     tried: list[str] = field(default_factory=list)
+    handed: dict[str, Any] = field(default_factory=dict)
+    random: Sequence[torch.Tensor] = ()
+    latents: bool = False
 
 
 class Attempts:

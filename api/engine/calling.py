@@ -22,7 +22,14 @@ _LATENTS_AS_TENSORS = frozenset({"PRXPixelPipeline"})
 """Pipelines that give what they were at, and no image, where a tensor is asked for."""
 
 
-def call(pipe: Any, method: str, arguments: dict[str, Any], generator: Generators, after_step: AfterStep) -> Any:
+def call(
+    pipe: Any,
+    method: str,
+    arguments: dict[str, Any],
+    generator: Generators,
+    after_step: AfterStep,
+    latents: bool = False,
+) -> Any:
     """Run a pipeline.
 
     Args:
@@ -31,13 +38,14 @@ def call(pipe: Any, method: str, arguments: dict[str, Any], generator: Generator
         arguments: what the client sent, pictures as Pillow has them.
         generator: the job's random numbers.
         after_step: called after each step, where the pipeline tells of them.
+        latents: these are wanted, not images.
 
     Returns:
         What the pipeline gives.
     """
     cls: Any = type(pipe)
     taken = inspect.signature(getattr(cls, method)).parameters
-    ours: dict[str, Any] = {"generator": generator, "output_type": output_type(cls, arguments)}
+    ours: dict[str, Any] = {"generator": generator, "output_type": "latent" if latents else output_type(cls, arguments)}
     if "callback_on_step_end" in taken:
         ours["callback_on_step_end"] = after_step
     elif "callback" in taken:

@@ -18,13 +18,14 @@ from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran, is_short
 from api.engine.attention import components_with
 from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
-from api.engine.calling import call, images_of, to_pil, to_uint8
+from api.engine.calling import call, images_of, to_uint8
 from api.engine.calls import Cancelled, Ticket
 from api.engine.controlnets import picture_arguments
 from api.engine.device import Device
 from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
 from api.engine.extras import Extras
+from api.engine.flows import Flows, empty, pictures_of, planned, resumed, states, told_of
 from api.engine.ip_adapters import clear as clear_ip_adapters
 from api.engine.ip_adapters import ip_arguments, with_ip_adapters
 from api.engine.line import Line, out_of_memory
@@ -117,6 +118,7 @@ class Engine:
         self.cache.on_clear, self.cache.on_leave = self._clear, self.embeddings.forget
         self.line = Line(self.cache, longest_wait)
         self.attempts = Attempts(self.cache, self.line, device, self._run, limits.strict, self._foresees)
+        self.flows = Flows(self.attempts, self.line)
         self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
         self.line.on_change = self.stager.poke
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -219,6 +221,8 @@ class Engine:
         Raises:
             ApiError: MODEL_BROKEN.
         """
+        if request.then:
+            return planned(request, self.plan)
         cache = self.cache
         try:
             ways = self.attempts.ways(request)
@@ -262,11 +266,13 @@ class Engine:
         timings: dict[str, int] = {}
         job = Job(request, on_step, on_phase, cancelled, on_preview, deadline, overdue)
         try:
-            done = self.attempts.run(job, timings)
+            runs = self.flows.run(job, timings)
         finally:
             self.cache.give_back()
         on_phase("inference", "done")
-        return Generated(done.images, self._meta(request, done), timings, done.nsfw, done.extras)
+        done, meta = runs[-1], told_of(request, [self._meta(*run) for run in zip(request.stages, runs, strict=True)])
+        extras = {name: extra for run in runs for name, extra in run.extras.items()}
+        return Generated(done.images, meta, timings, done.nsfw, extras)
 
     def _run(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
         request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview
@@ -274,7 +280,7 @@ class Engine:
             parts, used = components_with(model, request.attention)
             parts = with_ip_adapters(placed(model, parts, used, placement), request.ip_adapters)
             parts, told = self.adapters.applied(model, parts, used, request)
-            generator = make_generators(request.seed)
+            generator = resumed(make_generators(request.seed), job.random)
             seed, known = first_seed(request.seed), self.embeddings
             seen = {name: view(part, self.executor, ticket, seed, known) for name, part in parts.items()}
             pipe = make_pipeline(model, seen, request, generator)
@@ -303,11 +309,11 @@ class Engine:
                     previews.after(step + 1, total, tensors.get("latents"))
                 return {}
 
-            pictures = ip_arguments(request, picture_arguments(pipe, request, to_pil(request.pictures)))
+            pictures = ip_arguments(request, picture_arguments(pipe, request, pictures_of(job)))
             # a copy: some pipelines write to lists that they are given, and a job may run again
             arguments = {**copy.deepcopy(without_scale(request.inputs)), **pictures}
             try:
-                out = call(pipe, request.method, arguments, generator, after_step)
+                out = call(pipe, request.method, arguments, generator, after_step, job.latents)
             except (ApiError, Cancelled, torch.OutOfMemoryError):
                 raise
             except Exception as fault:
@@ -316,14 +322,15 @@ class Engine:
                 if refusal is None:
                     raise
                 raise refusal from fault
-            images = to_uint8(images_of(out))
+            latents = images_of(out) if job.latents else None
+            images = empty() if job.latents else to_uint8(images_of(out))
         flags = getattr(out, "nsfw_content_detected", None)
         if request.safety_required and flags is None:
             raise _unsafe(request)
         nsfw = [bool(flag) for flag in flags] if flags is not None else None
         if warnings := cut_off(pipe, request.inputs, request.prompt_syntax):
             told = {**told, "warnings": warnings}
-        return Ran(images, nsfw, model.dtype, used, placement, told, extras.encoded(pipe))
+        return Ran(images, nsfw, model.dtype, used, placement, told, extras.encoded(pipe), latents, states(generator))
 
     def _foresees(self, build: Build, request: GenerationRequest, placement: str) -> bool:
         """Whether a placement's weights and what was learned of its calls are more than there is."""

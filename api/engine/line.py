@@ -43,6 +43,7 @@ class Line:
     Attributes:
         on_change: called when somebody waits, or a lease ended.
         wanted: models that will be asked for by jobs that are not here yet, the next one first.
+        soon: models that jobs which run will ask for next.
     """
 
     def __init__(self, cache: ModelCache, longest_wait: float) -> None:
@@ -51,12 +52,26 @@ class Line:
         self._order: Order[_Waiter] = Order(longest_wait)
         self.on_change: Callable[[], None] = lambda: None
         self.wanted: Sequence[ModelRef] = ()
+        self.soon: list[ModelRef] = []
 
     def wishes(self) -> list[ModelRef]:
         """The models that are waited for, and those that will be; the next one first."""
         with self._changed:
-            refs = [waiter.ref for waiter in self._order.waiting()] + list(self.wanted)
+            refs = [waiter.ref for waiter in self._order.waiting()] + self.soon + list(self.wanted)
             return list({ref.key: ref for ref in refs}.values())
+
+    @contextlib.contextmanager
+    def expecting(self, refs: Sequence[ModelRef]) -> Iterator[None]:
+        """Say which models the caller will ask for next: they are read ahead, and evicted late."""
+        with self._changed:
+            self.soon += refs
+        self.on_change()
+        try:
+            yield
+        finally:
+            with self._changed:
+                for ref in refs:
+                    self.soon.remove(ref)
 
     @contextlib.contextmanager
     def lease(

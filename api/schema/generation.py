@@ -8,6 +8,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
+from api.schema.flows import Handover
+
 T = TypeVar("T")
 
 WEIGHTS = ("full", "model", "sequential")
@@ -184,6 +186,9 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         method: of the pipeline that generates; the pipeline itself is called unless the request says otherwise.
         code: where the pipeline's class is, when it is not one of diffusers' own.
         ip_adapters: what the denoiser looks at pictures through; their pictures are ``ip_adapter_image``, a list.
+        takes: what it gets from the generation before it, as the argument ``image``; a picture without pixels stands in
+            ``pictures`` for each.
+        then: the generations that follow, each with what the one before gives; the last one's images are answered.
     """
 
     id: str
@@ -214,6 +219,13 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     method: str = "__call__"
     code: Code | None = None
     ip_adapters: tuple[IpAdapter, ...] = ()
+    takes: Handover | None = None
+    then: tuple[GenerationRequest, ...] = ()
+
+    @property
+    def stages(self) -> tuple[GenerationRequest, ...]:
+        """All of its generations, in their order."""
+        return (self, *self.then)
 
 
 class GenerationResult(msgspec.Struct):

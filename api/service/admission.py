@@ -31,6 +31,8 @@ from api.service.choices import check_early
 from api.service.destinations import Destination, check_destinations
 from api.service.drafts import Draft, draft_of, fill_size
 from api.service.fetcher import Fetched, Fetcher
+from api.service.flow_stages import Refiner
+from api.service.flows import Flows
 from api.service.options import check_options
 from api.service.pictures import read_picture
 from api.service.requests import complete
@@ -71,6 +73,7 @@ class Admission:
         self._additions = Additions(settings, library, fetcher)
         self._has_gpu = has_gpu
         self._adapters = Adapters(settings, library, fetcher)
+        self._flows = Flows(settings, library, fetcher, has_gpu)
 
     def default_refs(self) -> list[SourceRef]:
         """The models to have in memory before the first request.
@@ -118,11 +121,13 @@ class Admission:
         ref = self.source_ref(options)
         self._adapters.check(options)
         wanted = self._additions.read(options, ref) + ip_adapters.read(options, self._settings, ref)
+        second = self._flows.source(options, ref)
         pictures: Pictures = {}
         added: list[Added] = []
+        refiner: Refiner | None = None
 
         async def check(model: InstalledModel) -> Draft:
-            return await self._checked(model, options, model_inputs, ref, pictures, code, added)
+            return await self._checked(model, options, model_inputs, ref, pictures, code, added, refiner)
 
         async def check_added(known: list[Added]) -> None:
             controlnets.check_is_controlnet(known)
@@ -139,13 +144,16 @@ class Admission:
             else:
                 held.enter_context(self._fetcher.hold(fetched.model.folder))
             added, took = await self._additions.ensure(wanted, check_added, held, on_event)
+            refiner, took_refiner = await self._flows.ensure(second, held, on_event)
             if fetched is None:
                 fetched = await self._fetcher.ensure(ref, check, on_event)
                 held.enter_context(self._fetcher.hold(fetched.model.folder))
             draft = await check(fetched.model)
             chosen = await self._adapters.choose(options, fetched.model, held, on_event)
             request = complete(request_id, draft, pictures, ref, chosen, self._settings, self._has_gpu)
+            request = self._flows.joined(request, draft, model_inputs, refiner, ref, chosen)
         timings = Counter(took)
+        timings.update(took_refiner)
         timings.update(chosen.timings)
         timings.update(fetched.timings)
         options = {**options, "callback_steps": draft.callback_steps}
@@ -174,12 +182,14 @@ class Admission:
                 return
             model = (await self._fetcher.ensure(ref)).model  # no network: it says what there is
         added = await self._added(options, ref)
+        second = self._flows.source(options, ref)
+        refiner = await self._flows.find(second) if second else None
         if added is None:
             check_early(options, model_inputs, code)
         elif options.get("is_url"):
             draft_of(model, options, model_inputs, self.model_ref(model, ref), code, added, self._settings)
         else:
-            await self._checked(model, options, model_inputs, ref, {}, code, added)
+            await self._checked(model, options, model_inputs, ref, {}, code, added, refiner)
 
     async def plan(
         self, model_inputs: dict[str, Any], call_inputs: dict[str, Any]
@@ -206,8 +216,13 @@ class Admission:
         if added is None:
             check_early(options, model_inputs, code)
             return ref, None
-        draft = await self._checked(model, options, model_inputs, ref, pictures, code, added)
-        return ref, complete("", draft, pictures, ref, None, self._settings, self._has_gpu)
+        second = self._flows.source(options, ref)
+        refiner = await self._flows.find(second) if second else None
+        draft = await self._checked(model, options, model_inputs, ref, pictures, code, added, refiner)
+        if second and refiner is None:
+            return second, None
+        request = complete("", draft, pictures, ref, None, self._settings, self._has_gpu)
+        return ref, self._flows.joined(request, draft, model_inputs, refiner, ref, None)
 
     async def _added(self, options: dict[str, Any], ref: SourceRef) -> list[Added] | None:
         """What the request adds to its model, if all of it is here."""
@@ -223,6 +238,7 @@ class Admission:
         pictures: Pictures,
         code: Community | None,
         added: Sequence[Added],
+        refiner: Refiner | None = None,
     ) -> Draft:
         """Everything that can be said of a request with its model's configuration; fills in its pictures."""
         draft = draft_of(model, options, model_inputs, self.model_ref(model, ref), code, added, self._settings)
@@ -232,6 +248,7 @@ class Admission:
         fill_size(draft, pictures)
         checks.check_size(draft.given, model, self._settings)
         checks.sides(draft.given, pictures, draft.pipeline, self._settings)
+        self._flows.check(draft, pictures, model_inputs, refiner)
         return draft
 
     def source_ref(self, options: dict[str, Any]) -> SourceRef:

@@ -119,7 +119,8 @@ class Dispatcher:
 
     def folders(self) -> set[str]:
         """Names of the folders that jobs, warm and pinned models need. May be called from any thread."""
-        refs = [job.request.model for job in list(self._jobs.values())] + [load.model for load in list(self._warm)]
+        refs = [stage.model for job in list(self._jobs.values()) for stage in job.request.stages]
+        refs += [load.model for load in list(self._warm)]
         # pinned ones are read again when a worker died; what is in memory otherwise may well leave the volume
         refs += [ref for worker in self.workers for ref in worker.pinned]
         folders = [folder for ref in refs for folder in (ref.folder, *(part.folder for part in ref.additions))]
@@ -243,7 +244,8 @@ class Dispatcher:
         ready = [worker for worker in self.workers if worker.ready]
         if not ready:
             return
-        wanted = {job.request.model.key: job.request.model for job in self._queue.waiting(_AHEAD)}
+        refs = [stage.model for job in self._queue.waiting(_AHEAD) for stage in job.request.stages]
+        wanted = {ref.key: ref for ref in refs}
         lists: dict[Worker, list[ModelRef]] = {worker: [] for worker in ready}
         for key, ref in wanted.items():
             having = [worker for worker in ready if worker.has(key, "device") or worker.has(key, "host")]
@@ -279,7 +281,7 @@ class Dispatcher:
         if job:
             del self._jobs[job.id]
             if isinstance(message, Done):
-                if (took := message.result.timings.get("loadModel")) is not None:
+                if (took := message.result.timings.get("loadModel")) is not None and not job.request.then:
                     self._placing.note(job.request.model.key, took / 1000)
                 job.complete(message.result)
                 waited = round(((job.begun or job.created) - job.created) * 1000)

@@ -111,7 +111,7 @@ class Job:
         pipeline = request.pipeline, request.method, request.code, request.prompt_syntax
         scheduler = request.scheduler, request.scheduler_args
         adapters = request.loras, request.inversions, request.ip_adapters
-        held = request.attention, request.offload, request.low_vram
+        held = request.attention, request.offload, request.low_vram, request.then
         parts = [request.model.key, pipeline, scheduler, request.inputs, pictures, adapters, held]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 

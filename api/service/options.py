@@ -16,6 +16,7 @@ from api.models.refs import PRECISIONS
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS, OUTPUTS
 from api.schema.prompts import SYNTAXES
+from api.service.flow_options import HIRES_SCHEMA, REFINER_SCHEMA, check_hires, check_refiner
 from api.service.webhooks_signing import check_key
 
 _LONGEST = 200
@@ -262,6 +263,20 @@ OPTIONS: dict[str, Option] = {
         meaning="textual inversions: `ADDRESS#token=<word>` (docs/adapters.md)",
         default="none", example=["demo/adapters/sun.safetensors#token=<sun>"], check=_adapters(INVERSION),
         schema=_adapters_schema(INVERSION),
+    ),
+    "hires": Option(
+        kind="object",
+        meaning="a second pass over the images, made larger: `scale`, or `width` and `height`; `strength`, `upscaler`, "
+        "`num_inference_steps`, `guidance_scale` ([flows.md](flows.md#hires-fix))",
+        default="none", example={"scale": 2, "strength": 0.5, "upscaler": "lanczos"}, check=check_hires,
+        schema=HIRES_SCHEMA,
+    ),
+    "refiner": Option(
+        kind="string or object",
+        meaning="another model that finishes the images: its `MODEL_ID` and the like, `switch_at` or `strength`, "
+        "`num_inference_steps`, `guidance_scale`, `aesthetic_score` ([flows.md](flows.md#refiner))",
+        default="none", example="stabilityai/stable-diffusion-xl-refiner-1.0", check=check_refiner,
+        schema=REFINER_SCHEMA,
     ),
     "streamEvents": flag("answer with a stream of events, one JSON object a line"),
     "preview": Option(

@@ -53,7 +53,7 @@ def _without_pixels(request: GenerationRequest) -> GenerationRequest:
         return msgspec.structs.replace(found, pixels=b"")
 
     pictures = {name: empty(found) for name, found in request.pictures.items()}
-    return msgspec.structs.replace(request, pictures=pictures)
+    return msgspec.structs.replace(request, pictures=pictures, then=tuple(map(_without_pixels, request.then)))
 
 
 def _told(service: Service, request: GenerationRequest, found: Planned) -> dict[str, Any]:

@@ -246,7 +246,8 @@ class Service:
             log.info("nobody waits for the job any more; it is cancelled", extra=job.about)
             self.dispatcher.cancel(job, ApiError("CANCELLED", "The client went away."))
             raise
-        self.fetcher.upload_after_use(Path(job.request.model.folder), on_upload)
+        for folder in dict.fromkeys(stage.model.folder for stage in job.request.stages):
+            self.fetcher.upload_after_use(Path(folder), on_upload)
         return await self._uploaded(job, result) if job.destinations else result
 
     async def _uploaded(self, job: Job, result: GenerationResult) -> GenerationResult:
