@@ -100,18 +100,28 @@ class _Steps:
         self._job = job
         self._later = later
         self._done = self._last = 0
+        self._told = (0, 1)
 
     def on_step(self, step: int, total: int) -> None:
         self._last = total
-        self._job.on_step(self._done + step, self._done + total + sum(self._later))
+        self._job.on_step(*self._count(step, total))
 
     def on_preview(self, step: int, total: int, pictures: np.ndarray) -> None:
         if self._job.on_preview:
-            self._job.on_preview(self._done + step, self._done + total + sum(self._later), pictures)
+            self._job.on_preview(*self._count(step, total), pictures)
 
     def next(self) -> None:
         """A generation is done."""
         self._done, self._last, self._later = self._done + self._last, 0, self._later[1:]
+
+    def _count(self, step: int, total: int) -> tuple[int, int]:
+        """The step and the total of all; the share that is done never shrinks, but where a run begins anew."""
+        step, total = self._done + step, self._done + total + sum(self._later)
+        before, of = self._told
+        if step > before > 0 and step < total:  # more are to come than were expected
+            total = max(step + 1, min(total, step * of // before))
+        self._told = step, total
+        return self._told
 
 
 def pictures_of(job: Job) -> dict[str, Any]:
@@ -221,7 +231,7 @@ def _within(on_phase: Callable[[str, str], None]) -> Callable[[str, str], None]:
 def _steps_of(stage: GenerationRequest) -> int:
     """How many steps a later generation will tell of, as far as that is known before its scheduler is made.
 
-    One more or less than it really has may be off by rounding; then the total is mended when it begins.
+    Its timesteps decide, and may be some more or less; then the total is mended when it begins.
     """
     inputs = stage.inputs
     count, start = int(inputs.get("num_inference_steps") or 1), inputs.get("denoising_start")

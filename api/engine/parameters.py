@@ -22,14 +22,20 @@ def parameters(meta: dict[str, Any], index: int, images: int) -> str:
     lines = [of_image(inputs.get("prompt")) or ""]
     if inputs.get("negative_prompt"):
         lines.append(f"Negative prompt: {of_image(inputs['negative_prompt'])}")
+    hires, refiner = meta.get("hires") or {}, meta.get("refiner") or {}
     known = {
         "Steps": inputs.get("num_inference_steps"),
         "Sampler": meta.get("scheduler_alias", meta["SCHEDULER"]),
         "CFG scale": inputs.get("guidance_scale"),
         "Seed": of_image(inputs.get("seed")),
-        "Denoising strength": inputs.get("strength"),
+        "Denoising strength": inputs.get("strength", hires.get("strength")),
         "Model": meta["MODEL_ID"],
         "Model hash": meta["MODEL_REVISION"],
+        "Hires resize": f"{hires['width']}x{hires['height']}" if hires else None,
+        "Hires steps": hires.get("num_inference_steps"),
+        "Hires upscaler": hires.get("upscaler"),
+        "Refiner": refiner.get("MODEL_ID"),
+        "Refiner switch at": refiner.get("switch_at"),
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in known.items() if value is not None))
     return "\n".join(lines)

@@ -278,6 +278,11 @@ def _stand_ins(draft: Draft, width: int, height: int) -> Pictures:
     return {"image": [empty] * draft.images if draft.images > 1 else empty}
 
 
+def is_scored(model: InstalledModel) -> bool:
+    """Whether a model is told how beautiful its images are to be."""
+    return json.loads((model.folder / "model_index.json").read_bytes()).get("requires_aesthetics_score") is True
+
+
 def _check_taken(asked: dict[str, Any], model: InstalledModel, task: str) -> None:
     """Whether what is said of a refiner means anything to it.
 
@@ -289,7 +294,7 @@ def _check_taken(asked: dict[str, Any], model: InstalledModel, task: str) -> Non
     if "strength" not in accepted:
         message = f"{model.model_id} runs as {pipeline}, which has no strength: it is no refiner."
         raise ApiError("PIPELINE_NOT_SUPPORTED", message, field=REFINER, requested=model.model_id)
-    scored = json.loads((model.folder / "model_index.json").read_bytes()).get("requires_aesthetics_score") is True
+    scored = is_scored(model)
     for name in REFINER_INPUTS:
         if name in asked and (name not in accepted or ("aesthetic" in name and not scored)):
             message = f"{model.model_id} ({pipeline}) has no such input; leave it out."

@@ -19,8 +19,8 @@ from api.schema.transfers import Transfer
 from api.service.adapters import Chosen
 from api.service.drafts import Draft
 from api.service.fetcher import Fetcher
-from api.service.flow_options import MODEL, REFINER, REFINER_INPUTS
-from api.service.flow_stages import Refiner, Stage, Stages, about
+from api.service.flow_options import HIRES_KEYS, MODEL, REFINER, REFINER_INPUTS
+from api.service.flow_stages import Refiner, Stage, Stages, about, is_scored
 from api.service.requests import complete
 from api.settings import Settings
 
@@ -58,7 +58,7 @@ class Flows:
         named = {name: asked[name] for name in MODEL if name in asked}
         if ref.precision:
             named.setdefault("MODEL_PRECISION", ref.precision)
-        with about(REFINER):
+        with about(REFINER, MODEL):
             return read_ref(named, self._settings)
 
     async def ensure(
@@ -87,7 +87,7 @@ class Flows:
         async def check(model: InstalledModel) -> None:
             _check_repaints(model)
 
-        with about(REFINER):
+        with about(REFINER, MODEL):
             if model is None:
                 fetched = await self._fetcher.ensure(source, check, on_event)
                 model, took = fetched.model, fetched.timings
@@ -102,7 +102,7 @@ class Flows:
             ApiError: it is neither here nor anywhere that is asked; PIPELINE_NOT_SUPPORTED.
         """
         model = await self._here(source)
-        with about(REFINER):
+        with about(REFINER, MODEL):
             if model is None:
                 if not self._fetcher.is_local(source):
                     return None
@@ -190,9 +190,11 @@ def _check_repaints(model: InstalledModel) -> None:
 
 def _again(stage: Stage, made: GenerationRequest) -> dict[str, Any]:
     """What ``$meta`` says of a generation: it can be sent again as that option."""
-    inputs = {name: made.inputs[name] for name in REFINER_INPUTS if name in made.inputs}
+    names = REFINER_INPUTS if is_scored(stage.draft.model) else (n for n in REFINER_INPUTS if "aesthetic" not in n)
+    inputs = {name: made.inputs[name] for name in names if name in made.inputs}
     if stage.source is None:
         width, height = stage.takes.size or (0, 0)
+        inputs = {name: value for name, value in inputs.items() if name in HIRES_KEYS}
         return {"width": width, "height": height, **inputs, "upscaler": stage.takes.upscaler}
     switch = made.inputs.get("denoising_start")
     weights = {name: made.meta[name] for name in MODEL if name in made.meta}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -43,6 +43,16 @@ def _frame(request: GenerationRequest, events: bool) -> bytes:
     except (ValueError, TypeError, OverflowError, RecursionError) as fault:
         message = f"A value cannot be passed on: {fault}."
         raise ApiError("INVALID_INPUTS", message, field="modelInputs") from fault
+
+
+def _asked(request: GenerationRequest) -> list[Any]:
+    """What one generation is asked for."""
+    pictures = {n: [p.sha256 for p in each_picture({n: found})] for n, found in request.pictures.items()}
+    pipeline = request.pipeline, request.method, request.code, request.prompt_syntax
+    scheduler = request.scheduler, request.scheduler_args
+    adapters = request.loras, request.inversions, request.ip_adapters
+    held = request.attention, request.offload, request.low_vram
+    return [request.model.key, pipeline, scheduler, request.inputs, pictures, adapters, held, request.takes]
 
 
 class Job:
@@ -106,13 +116,7 @@ class Job:
     @cached_property
     def fingerprint(self) -> str:
         """The same for two jobs that ask for the same."""
-        request = self.request
-        pictures = {n: [p.sha256 for p in each_picture({n: found})] for n, found in request.pictures.items()}
-        pipeline = request.pipeline, request.method, request.code, request.prompt_syntax
-        scheduler = request.scheduler, request.scheduler_args
-        adapters = request.loras, request.inversions, request.ip_adapters
-        held = request.attention, request.offload, request.low_vram, request.then
-        parts = [request.model.key, pipeline, scheduler, request.inputs, pictures, adapters, held]
+        parts = [_asked(stage) for stage in self.request.stages]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
     @property

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load
 from torch.nn import functional
 
 from api.engine import generate
 from api.engine.budgets import Budgets
+from api.engine.calls import Cancelled
 from api.engine.device import Device
 from api.engine.generate import Engine
 from api.errors import ApiError
@@ -25,7 +29,9 @@ from api.schema.generation import GenerationRequest
 from api.service.admission import Admission
 from api.service.fetcher import Fetcher
 from api.settings import Settings
+from tests.budgeted import Allocator, Apart, Outside
 from tests.families import save_family, save_refiner
+from tests.running import as_base64
 from tests.tiny import save_tiny
 
 TOLERANCE = 2e-4
@@ -222,3 +228,246 @@ def test_a_batch_has_one_generator_through_both(flows: Flows, way: str) -> None:
 @pytest.mark.parametrize("way", ["switch", "lanczos"])
 def test_in_company_of_four_jobs_of_two_models(flows: Flows, way: str) -> None:
     compare(flows, way, seed=2, images=1, company=4)
+
+
+BOTH = {
+    "hires": {"strength": 0.6, "upscaler": "bicubic"},
+    "refiner": {"MODEL_ID": "tiny/refiner", "switch_at": 0.6},
+}
+
+
+def all_three(flows: Flows, inputs: dict[str, Any]) -> np.ndarray:
+    """The refiner takes over in the second pass."""
+    base, again, refiner = (
+        flows.plain("sdxl", "StableDiffusionXLPipeline"),
+        flows.plain("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+        flows.plain("refiner", "StableDiffusionXLImg2ImgPipeline"),
+    )
+    generator = generators(inputs["seed"])
+    images = base(**shared(inputs), width=SIDE, height=SIDE, generator=generator).images
+    larger = [image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC) for image in images]
+    latents = again(
+        **shared(inputs), image=larger, strength=0.6, denoising_end=0.6, generator=generator, output_type="latent"
+    ).images
+    return refiner(**shared(inputs), image=latents, denoising_start=0.6, generator=generator, output_type="np").images
+
+
+class Told:
+    """What an engine tells of a job; cancels it after a step of all."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.steps: list[tuple[int, int]] = []
+        self.previews: list[tuple[int, int]] = []
+        self.phases: list[tuple[str, str]] = []
+        self._last = last
+
+    def generate(self, engine: Engine, request: GenerationRequest) -> Any:
+        return engine.generate(
+            request,
+            on_step=lambda step, total: self.steps.append((step, total)),
+            on_phase=lambda kind, status: self.phases.append((kind, status)),
+            cancelled=lambda: self._last is not None and len(self.steps) >= self._last,
+            on_preview=lambda step, total, images: self.previews.append((step, total)),
+        )
+
+
+def test_three_generations_tell_what_they_did(flows: Flows) -> None:
+    inputs, told = model_inputs(3), Told()
+    request = msgspec.structs.replace(flows.request(inputs, **BOTH), preview=1)
+    request = msgspec.structs.replace(
+        request, then=tuple(msgspec.structs.replace(stage, preview=1) for stage in request.then)
+    )
+    done = told.generate(flows.engine, request)
+    assert np.abs(flows.last[threading.get_ident()] - all_three(flows, inputs)).max() <= TOLERANCE
+    assert [step for step, _ in told.steps] == list(range(1, len(told.steps) + 1))
+    assert told.steps[-1][0] == told.steps[-1][1] == 5 + 1 + 2
+    assert {total for _, total in told.steps} == {8}
+    assert told.previews == told.steps
+    assert [phase for phase in told.phases if phase[0] == "inference"] == [
+        ("inference", "start"),
+        ("inference", "done"),
+    ]
+    assert told.phases[-1] == ("inference", "done")
+    assert done.timings["inference"] == sum(done.timings[name] for name in ("base", "hires", "refiner"))
+    names = [(stage["name"], stage["MODEL_ID"], stage.get("takes")) for stage in done.meta["stages"]]
+    assert names == [
+        ("base", "tiny/sdxl", None), ("hires", "tiny/sdxl", "images"), ("refiner", "tiny/refiner", "latents"),
+    ]  # fmt: skip
+    assert done.meta["numerics"] == "cpu/float32/sdpa/eager"
+    assert request.meta["modelInputs"]["width"] == SIDE
+    assert "denoising_end" not in request.meta["modelInputs"]
+
+
+def test_what_meta_says_makes_the_same_again(flows: Flows) -> None:
+    request = flows.request(model_inputs(4), **BOTH)
+    meta = request.meta
+    assert meta["refiner"]["MODEL_REVISION"] == request.then[1].model.revision
+    assert meta["hires"]["width"] == 2 * SIDE
+    names = ("MODEL_ID", "MODEL_REVISION", "PIPELINE", "SCHEDULER", "hires", "refiner")
+    again = flows.request(meta["modelInputs"], **{name: meta[name] for name in names if name != "MODEL_ID"})
+    one, other = (flows.engine.generate(each).images for each in (request, again))
+    assert np.array_equal(one, other)
+    assert again.meta["refiner"] == meta["refiner"]
+    assert again.meta["hires"] == meta["hires"]
+
+
+@pytest.mark.parametrize("last", [2, 6, 7])
+def test_a_job_can_be_cancelled_in_each_generation(flows: Flows, last: int) -> None:
+    told = Told(last)
+    with pytest.raises(Cancelled):
+        told.generate(flows.engine, flows.request(model_inputs(5), **BOTH))
+    assert len(told.steps) == last
+    assert flows.engine.line.soon == []
+    assert not any(held.leases for held in flows.engine.cache.held().values())
+
+
+def test_steps_are_counted_to_the_last_also_where_a_scheduler_makes_more_of_them(flows: Flows) -> None:
+    told = Told()
+    told.generate(flows.engine, flows.request(model_inputs(6), SCHEDULER="HeunDiscreteScheduler", **BOTH))
+    shares = [step / total for step, total in told.steps]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert [step for step, _ in told.steps] == list(range(1, len(told.steps) + 1))
+
+
+def weights(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def test_memory_for_one_of_the_two_models_suffices(flows: Flows) -> None:
+    request = flows.request(model_inputs(7), **WAYS["switch"][0])
+    expected = flows.engine.generate(request).images
+    sizes = [weights(flows.root / f"tiny--{name}") for name in ("sdxl", "refiner")]
+    limit = int(max(sizes) * 1.1)
+    assert limit < sum(sizes)
+    apart = Apart(Allocator())
+    engine = Engine(apart, Budgets(limit, 2**40, shared=False), Outside(apart), embeddings_limit=0)
+    try:
+        told = Told()
+        for _ in range(2):
+            assert np.array_equal(told.generate(engine, request).images, expected)
+        tiers = {held.ref.model_id: held.tier for held in engine.cache.held().values()}
+        assert tiers == {"tiny/sdxl": "host", "tiny/refiner": "device"}
+        assert engine.cache.memory().device <= limit
+        loads = [phase for phase in told.phases if phase == ("loadModel", "start")]
+        assert len(loads) == 4
+    finally:
+        engine.close()
+
+
+def test_the_next_model_is_read_while_the_first_runs(flows: Flows) -> None:
+    request = flows.request(model_inputs(8), **WAYS["switch"][0])
+    apart = Apart(Allocator())
+    engine = Engine(apart, Budgets(2**40, 2**40, shared=False), Outside(apart))
+    refiner, read = request.then[0].model.key, list[bool]()
+
+    def look(step: int, total: int) -> None:
+        if step == 1:
+            for _ in range(6000):
+                if engine.cache.tiers.warm(refiner):
+                    break
+                time.sleep(0.01)
+            read.append(engine.cache.held()[refiner].tier == "host")
+
+    try:
+        engine.generate(request, on_step=look)
+        assert read == [True]
+    finally:
+        engine.close()
+
+
+def test_a_plan_has_all_models(flows: Flows) -> None:
+    request = flows.request(model_inputs(9), **BOTH)
+    plans = [flows.engine.plan(msgspec.structs.replace(stage, then=())) for stage in request.stages]
+    assert flows.engine.plan(request).model == plans[0].model + plans[2].model
+    assert plans[0].model == plans[1].model
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    ({}, {"refiner": "tiny/none"}, "MODEL_MISMATCH", "callInputs.refiner.MODEL_ID"),
+    ({}, {"refiner": "tiny/pixart"}, "PIPELINE_NOT_SUPPORTED", "callInputs.refiner"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/stranger", "switch_at": 0.6}}, "INVALID_INPUTS", "callInputs.refiner.switch_at"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/sd", "switch_at": 0.6}}, "INVALID_INPUTS", "callInputs.refiner.switch_at"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/refiner", "switch_at": 0.9}}, "INVALID_INPUTS", "callInputs.refiner.switch_at"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/refiner", "strength": 0.1}}, "INVALID_INPUTS", "callInputs.refiner.strength"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/refiner", "num_inference_steps": 10**6}}, "LIMIT_EXCEEDED",
+     "callInputs.refiner.num_inference_steps"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/sd", "aesthetic_score": 6}}, "INVALID_INPUTS",
+     "callInputs.refiner.aesthetic_score"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/sdxl", "aesthetic_score": 6}}, "INVALID_INPUTS",
+     "callInputs.refiner.aesthetic_score"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/refiner", "SCHEDULER": "Nothing"}}, "NO_SUCH_SCHEDULER",
+     "callInputs.refiner.SCHEDULER"),
+    ({"denoising_end": 0.5}, {"refiner": {"MODEL_ID": "tiny/refiner", "switch_at": 0.6}}, "INVALID_INPUTS",
+     "modelInputs.denoising_end"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/refiner", "swich_at": 0.6}}, "INVALID_INPUTS", "callInputs.refiner.swich_at"),
+    ({}, {"refiner": {"switch_at": 0.6}}, "INVALID_INPUTS", "callInputs.refiner"),
+    ({}, {"hires": {"scale": 5}}, "LIMIT_EXCEEDED", "callInputs.hires.width"),
+    ({}, {"hires": {"width": 100, "height": 128}}, "INVALID_INPUTS", "callInputs.hires.width"),
+    ({}, {"hires": {"upscaler": "nearest"}}, "INVALID_INPUTS", "callInputs.hires.upscaler"),
+    ({}, {"hires": {"strength": 0.1}}, "INVALID_INPUTS", "callInputs.hires.strength"),
+    ({}, {"hires": {"scale": 2, "width": 128, "height": 128}}, "INVALID_INPUTS", "callInputs.hires"),
+    ({}, {"hires": {"strength": 0.3}, **{"refiner": {"MODEL_ID": "tiny/refiner", "switch_at": 0.6}}}, "INVALID_INPUTS",
+     "callInputs.refiner.switch_at"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "options", "code", "field"), REFUSED)
+def test_what_cannot_be_is_said_before_anything_runs(
+    flows: Flows, inputs: dict[str, Any], options: dict[str, Any], code: str, field: str
+) -> None:
+    error = flows.refused(model_inputs(**inputs), **options)
+    assert (error.code, error.field) == (code, field), error.message
+
+
+def test_a_model_without_image_to_image_has_no_second_pass(flows: Flows) -> None:
+    error = flows.refused(model_inputs(), model="pixart", hires={}, SCHEDULER="DPMSolverMultistepScheduler")
+    assert (error.code, error.field) == ("PIPELINE_NOT_SUPPORTED", "callInputs.hires")
+
+
+def test_only_what_is_answered_is_seen_by_a_safety_checker(flows: Flows) -> None:
+    request = flows.request(model_inputs(), model="sd", hires={})
+    assert [stage.safety_checker for stage in request.stages] == [False, True]
+    assert flows.engine.generate(request).nsfw == [False]
+    request = flows.request(model_inputs(), model="sd", refiner={"MODEL_ID": "tiny/stranger", "strength": 0.6})
+    assert request.then[0].takes and request.then[0].takes.what == "images"  # their latents mean something else
+    assert flows.engine.generate(request).nsfw is None
+    error = flows.refused(model_inputs(), refiner={"MODEL_ID": "tiny/sd", "strength": 0.6}, output=["latents"])
+    assert (error.code, error.field) == ("INVALID_INPUTS", "callInputs.output")
+
+
+def test_latents_beside_the_images_are_the_last_ones(flows: Flows) -> None:
+    request = flows.request(model_inputs(), hires={}, output=["latents"])
+    assert [stage.output for stage in request.stages] == [(), ("latents",)]
+    data = load(flows.engine.generate(request).extras["latents"])
+    assert data["latents"].shape[-2:] == (SIDE, SIDE)  # twice the side, with two pixels for each latent
+
+
+def test_after_inpainting_it_is_inpainted(flows: Flows) -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    mask = np.zeros((SIDE, SIDE, 3), np.uint8)
+    mask[:, SIDE // 2 :] = 255
+    sent = model_inputs(11, image=as_base64(picture), mask_image=as_base64(mask), strength=0.9)
+    request = flows.request(sent, **WAYS["switch"][0], output=["mask"])
+    assert [stage.pipeline for stage in request.stages] == ["StableDiffusionXLInpaintPipeline"] * 2
+    done = flows.engine.generate(request)
+    assert list(done.extras) == ["mask"]
+    base, refiner = (flows.plain(name, "StableDiffusionXLInpaintPipeline") for name in ("sdxl", "refiner"))
+    generator = generators(11)
+    given = {**shared(sent), "mask_image": Image.fromarray(mask).convert("L"), "width": SIDE, "height": SIDE}
+    latents = base(
+        **given, image=Image.fromarray(picture), strength=0.9, denoising_end=0.6, generator=generator,
+        output_type="latent",
+    ).images  # fmt: skip
+    expected = refiner(**given, image=latents, denoising_start=0.6, generator=generator, output_type="np").images
+    assert np.abs(flows.last[threading.get_ident()] - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "compel"])
+def test_prompts_with_weights_reach_the_refiner(flows: Flows, syntax: str) -> None:
+    sent = model_inputs(12, prompt="a (red:1.4) circle" if syntax == "a1111" else "a red++ circle")
+    weighted = flows.request(sent, **WAYS["refine"][0], prompt_syntax=syntax)
+    assert [stage.prompt_syntax for stage in weighted.stages] == [syntax, syntax]
+    plain = flows.request({**sent, "prompt": "a red circle"}, **WAYS["refine"][0])
+    one, other = (flows.engine.generate(each).images.astype(int) for each in (weighted, plain))
+    assert np.abs(one - other).max() > 0
