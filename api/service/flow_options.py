@@ -178,6 +178,7 @@ def _read(value: Any, known: Mapping[str, _Value], field: str, other: str) -> di
             raise ApiError("INVALID_INPUTS", message, field=f"{field}.{str(name)[:100]}", available=list(known))
         if (read := known[name].read(sent)) is None:
             message = f"Must be {known[name].words}."
-            raise ApiError("INVALID_INPUTS", message, field=f"{field}.{name}", requested=sent)
+            among = list(getattr(known[name], "among", ())) or None
+            raise ApiError("INVALID_INPUTS", message, field=f"{field}.{name}", requested=sent, available=among)
         out[name] = read
     return out

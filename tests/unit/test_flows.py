@@ -30,6 +30,7 @@ from api.service.admission import Admission
 from api.service.fetcher import Fetcher
 from api.settings import Settings
 from tests.budgeted import Allocator, Apart, Outside
+from tests.controlled import control_picture, save_controlnet, save_image_encoder, save_ip_adapter
 from tests.families import save_family, save_refiner
 from tests.running import as_base64
 from tests.tiny import save_tiny
@@ -210,22 +211,25 @@ def compare(flows: Flows, way: str, seed: Any, images: int, company: int = 0) ->
         assert np.abs(expected[0][0] - expected[0][1]).max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("way", [way if way in ("switch", "latent") else pytest.param(way, marks=SLOW) for way in WAYS])
 def test_a_flow_equals_the_plain_calls(flows: Flows, way: str) -> None:
     compare(flows, way, seed=0, images=1)
 
 
-@pytest.mark.parametrize("way", ["switch", "lanczos"])
+@pytest.mark.parametrize("way", [pytest.param("switch", marks=SLOW), "lanczos"])
 def test_a_list_of_seeds_is_one_generator_for_each_image_through_both(flows: Flows, way: str) -> None:
     compare(flows, way, seed=[5, 6], images=2)
 
 
-@pytest.mark.parametrize("way", ["refine", "latent"])
+@pytest.mark.parametrize("way", ["refine", pytest.param("latent", marks=SLOW)])
 def test_a_batch_has_one_generator_through_both(flows: Flows, way: str) -> None:
     compare(flows, way, seed=1, images=3)
 
 
-@pytest.mark.parametrize("way", ["switch", "lanczos"])
+@pytest.mark.parametrize("way", ["switch", pytest.param("lanczos", marks=SLOW)])
 def test_in_company_of_four_jobs_of_two_models(flows: Flows, way: str) -> None:
     compare(flows, way, seed=2, images=1, company=4)
 
@@ -321,6 +325,7 @@ def test_a_job_can_be_cancelled_in_each_generation(flows: Flows, last: int) -> N
     assert not any(held.leases for held in flows.engine.cache.held().values())
 
 
+@SLOW
 def test_steps_are_counted_to_the_last_also_where_a_scheduler_makes_more_of_them(flows: Flows) -> None:
     told = Told()
     told.generate(flows.engine, flows.request(model_inputs(6), SCHEDULER="HeunDiscreteScheduler", **BOTH))
@@ -463,7 +468,7 @@ def test_after_inpainting_it_is_inpainted(flows: Flows) -> None:
     assert np.abs(flows.last[threading.get_ident()] - expected).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("syntax", ["a1111", "compel"])
+@pytest.mark.parametrize("syntax", ["a1111", pytest.param("compel", marks=SLOW)])
 def test_prompts_with_weights_reach_the_refiner(flows: Flows, syntax: str) -> None:
     sent = model_inputs(12, prompt="a (red:1.4) circle" if syntax == "a1111" else "a red++ circle")
     weighted = flows.request(sent, **WAYS["refine"][0], prompt_syntax=syntax)
@@ -471,3 +476,57 @@ def test_prompts_with_weights_reach_the_refiner(flows: Flows, syntax: str) -> No
     plain = flows.request({**sent, "prompt": "a red circle"}, **WAYS["refine"][0])
     one, other = (flows.engine.generate(each).images.astype(int) for each in (weighted, plain))
     assert np.abs(one - other).max() > 0
+
+
+def test_a_second_pass_has_what_changes_the_model_and_no_controlnet(flows: Flows, tmp_path: Path) -> None:
+    """ControlNets are of the first pass; LoRAs and IP-Adapters of both, and of no refiner."""
+    if not (flows.root / "tiny--net").exists():
+        save_controlnet(flows.root / "tiny--net", flows.root / "tiny--sd")
+        save_image_encoder(flows.root / "tiny--eyes" / "image_encoder")
+        save_ip_adapter(flows.root / "tiny--eyes" / "adapter.safetensors", flows.root / "tiny--sd")
+    control = as_base64(control_picture(1))
+    sent = model_inputs(13, control_image=control, ip_adapter_image=as_base64(control_picture(2)))
+    options: dict[str, Any] = {"hires": {"strength": 0.6}, "refiner": {"MODEL_ID": "tiny/refiner", "strength": 0.6}}
+    options |= {
+        "controlnets": ["tiny/net"],
+        "ip_adapters": ["tiny/eyes/adapter.safetensors#encoder=tiny/eyes/image_encoder"],
+    }
+    request = flows.request(sent, model="sd", safety_checker=False, **options)
+    added = [[part.name for part in stage.model.additions] for stage in request.stages]
+    assert added == [["controlnet", "image_encoder"], ["image_encoder"], []]
+    assert [len(stage.ip_adapters) for stage in request.stages] == [1, 1, 0]
+    assert [stage.pipeline for stage in request.stages] == [
+        "StableDiffusionControlNetPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline",
+    ]  # fmt: skip
+    assert flows.engine.generate(request).images.shape == (1, 2 * SIDE, 2 * SIDE, 3)
+
+
+FAMILY = {"sd3": ("latent", {"max_sequence_length": 16}), "flux": ("lanczos", {"max_sequence_length": 16})}
+
+
+@SLOW
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_second_pass_of_other_families(flows: Flows, family: str) -> None:
+    upscaler, more = FAMILY[family]
+    if not (flows.root / f"tiny--{family}").exists():
+        save_family(family, flows.root / f"tiny--{family}")
+    inputs = model_inputs(14, images=2, **more)
+    hires = {"strength": 0.6, "upscaler": upscaler}
+    request = flows.request(inputs, model=family, hires=hires, SCHEDULER="FlowMatchEulerDiscreteScheduler")
+    (found,) = flows.run([request])
+    pipe = diffusers.DiffusionPipeline.from_pretrained(flows.root / f"tiny--{family}")
+    again = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline")).from_pipe(pipe)
+    generator, given = generators(14), {**shared(inputs), **more}
+    kind = "latent" if upscaler == "latent" else "pil"
+    images = pipe(**given, width=SIDE, height=SIDE, generator=generator, output_type=kind).images
+    if upscaler == "latent":
+        images = functional.interpolate(images, scale_factor=2, mode="bilinear", antialias=False)
+    else:
+        images = [image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS) for image in images]
+    expected = again(
+        **given, image=images, strength=0.6, width=2 * SIDE, height=2 * SIDE, generator=generator, output_type="np"
+    ).images
+    assert np.abs(found - expected).max() <= TOLERANCE
+    if family == "flux":  # which packs its latents
+        error = flows.refused(inputs, model=family, hires={"upscaler": "latent"}, SCHEDULER="")
+        assert (error.field, error.available) == ("callInputs.hires.upscaler", ["lanczos", "bicubic"])
