@@ -258,8 +258,29 @@ class Settings:
     attention: str = _variable(
         "ATTENTION",
         "auto",
-        _one_of("auto", "sdpa", "xformers"),
-        "attention kernels; auto is sdpa; what is not installed falls back to it",
+        _one_of(
+            "auto",
+            "native",
+            "sdpa",
+            "xformers",
+            "flash",
+            "sage",
+            "_native_cudnn",
+            "_native_flash",
+            "_native_efficient",
+            "_native_math",
+        ),
+        "attention kernels; auto: the fastest lossless ones of this GPU, measured once; sdpa, native: torch's choice; "
+        "sage is lossy; what is not installed falls back to sdpa",
+    )
+    channels_last: str = _variable(
+        "CHANNELS_LAST",
+        "auto",
+        _one_of("auto", "0", "1"),
+        "weights of convolutions as GPUs compute them; auto: in fp16 and bf16 on a GPU; 1: in fp32 too",
+    )
+    tf32: bool = _variable(
+        "TF32", "0", _flag, "1: products in fp32 on a GPU are computed in TF32: 10 bits of 23, and faster"
     )
     offload: str = _variable(
         "OFFLOAD",

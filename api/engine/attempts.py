@@ -51,6 +51,8 @@ class Ran(NamedTuple):
     extras: dict[str, bytes]
     latents: torch.Tensor | None = None
     random: Sequence[torch.Tensor] = ()
+    words: tuple[str, ...] = ()
+    """What ``$meta.numerics`` says beside device, dtype and attention."""
 
 
 class _Short(NamedTuple):

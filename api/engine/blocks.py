@@ -7,7 +7,7 @@ autoencoder's statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,14 @@ class Weight:
         shape: of the tensor.
         dtype: in memory.
         offset: of its bytes in the part's buffer; in one that is made up where it has none.
+        turned: it has its channels last on the device (``layout``).
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    turned: bool = False
 
     @property
     def bytes(self) -> int:
@@ -83,10 +85,15 @@ class Layout:
         return max((load.size for load in self.blocks.values()), default=0)
 
 
-def of_skeleton(skeleton: Skeleton) -> Layout:
-    """The layout of a part that our own reader knows."""
+def of_skeleton(skeleton: Skeleton, turns: Callable[[torch.dtype], bool] = lambda dtype: False) -> Layout:
+    """The layout of a part that our own reader knows.
+
+    Args:
+        skeleton: the part.
+        turns: whether weights of a dtype that may have their channels last have them so on the device.
+    """
     weights = [
-        Weight(slot.targets, slot.shape, slot.dtype, slot.offset)
+        Weight(slot.targets, slot.shape, slot.dtype, slot.offset, slot.turns and turns(slot.dtype))
         for slot, owners in zip(skeleton.slots, skeleton.owners, strict=True)
         if len(slot.shape) > 1 and all(is_parameter for _, _, is_parameter in owners)
     ]

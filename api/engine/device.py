@@ -30,12 +30,15 @@ class Device:
     Args:
         name: ``cpu``, ``cuda`` or ``cuda:N``.
         required: raise when a GPU is named that torch cannot use; otherwise fall back to the CPU.
+        channels_last: whether weights of convolutions are turned round (``layout``) on a device with memory of its own:
+            ``auto``: in half precision on a GPU; ``0``: never; ``1``: in every precision.
+        tf32: a GPU may compute products of fp32 in TF32. Torch knows one such switch for the whole process.
 
     Raises:
         RuntimeError: torch cannot use the device.
     """
 
-    def __init__(self, name: str, required: bool = True) -> None:
+    def __init__(self, name: str, required: bool = True, channels_last: str = "auto", tf32: bool = False) -> None:
         if name.startswith("cuda") and not torch.cuda.is_available():
             if required:
                 raise RuntimeError(f"DEVICES names {name}, but this torch ({torch.__version__}) finds no GPU")
@@ -47,6 +50,11 @@ class Device:
         self.shares_host = not self.is_cuda
         """Modules on it may use the host's own memory; a test says no, to go the way of a GPU."""
         self._threads = torch.get_num_threads()  # later each thread has its own number
+        self._channels_last = channels_last
+        self.tf32 = tf32 and self.is_cuda
+        if self.is_cuda:
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32  # torch's own default is on
 
     @property
     def name(self) -> str:
@@ -58,6 +66,11 @@ class Device:
     def dtype(self, precision: str) -> torch.dtype:
         """What a precision is computed in here. A CPU computes in fp32 always: fp16 is 20 times slower there."""
         return _DTYPES[precision] if self.is_cuda else torch.float32
+
+    def turns(self, dtype: torch.dtype) -> bool:
+        """Whether convolutions of a dtype have weights with the channels last here."""
+        half = dtype in (torch.float16, torch.bfloat16)
+        return self._channels_last == "1" or (self._channels_last == "auto" and self.is_cuda and half)
 
     def memory(self) -> Memory | None:
         """What a GPU has, and what others leave of it; None for a CPU, which has the host's."""

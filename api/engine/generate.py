@@ -7,12 +7,14 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
+from api.engine import layout
 from api.engine.adapters import Adapters, without_scale
 from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran, is_short
 from api.engine.attention import components_with
@@ -45,6 +47,7 @@ from api.engine.tiers import Tiers
 from api.engine.truncation import cut_off
 from api.engine.views import view
 from api.errors import ApiError
+from api.schema.attention import LOSSY
 from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef
 from api.schema.messages import Planned
 
@@ -90,6 +93,7 @@ class Engine:
         idle_timeout: seconds after which an unused model leaves the device; 0: never.
         adapters_limit: bytes of the device that adapters may take which no running job uses.
         embeddings_limit: bytes of the device that results of text encoders may take, for prompts that come again.
+        attention: the kernels of requests for ``auto`` ones, by dtype; torch's own where it names none.
     """
 
     def __init__(
@@ -101,7 +105,9 @@ class Engine:
         idle_timeout: float = 0.0,
         adapters_limit: int = 2**30,
         embeddings_limit: int = 2**26,
+        attention: Mapping[torch.dtype, str] = MappingProxyType({}),
     ) -> None:
+        self.attention = attention
         self.device = device
         found = device.memory()
         self.peaks = Peaks(device.meter(), found.free if found else None)
@@ -277,7 +283,7 @@ class Engine:
     def _run(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
         request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview
         with self.executor.job(ticket), torch.no_grad():
-            parts, used = components_with(model, request.attention)
+            parts, used = components_with(model, request.attention, self.attention, self.executor.on_device)
             parts = with_ip_adapters(placed(model, parts, used, placement), request.ip_adapters)
             parts, told = self.adapters.applied(model, parts, used, request)
             generator = resumed(make_generators(request.seed), job.random)
@@ -330,7 +336,12 @@ class Engine:
         nsfw = [bool(flag) for flag in flags] if flags is not None else None
         if warnings := cut_off(pipe, request.inputs, request.prompt_syntax):
             told = {**told, "warnings": warnings}
-        return Ran(images, nsfw, model.dtype, used, placement, told, extras.encoded(pipe), latents, states(generator))
+        words = self._words(used, parts)
+        own = extras.encoded(pipe)
+        return Ran(images, nsfw, model.dtype, used, placement, told, own, latents, states(generator), words)
+
+    def _words(self, attention: str, parts: dict[str, Any]) -> tuple[str, ...]:
+        return ("lossy",) * (attention in LOSSY) + ("tf32",) * self.device.tf32 + layout.words(parts)
 
     def _foresees(self, build: Build, request: GenerationRequest, placement: str) -> bool:
         """Whether a placement's weights and what was learned of its calls are more than there is."""
@@ -340,6 +351,7 @@ class Engine:
     def _meta(self, request: GenerationRequest, done: Ran) -> dict[str, Any]:
         dtype = str(done.dtype).removeprefix("torch.")
         numerics = f"{self.device.torch.type}/{dtype}/{done.attention}/eager"
+        numerics += "".join(f"/{word}" for word in done.words)
         return {
             "device": self.device.torch.type,
             "device_name": self.device.name,

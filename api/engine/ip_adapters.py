@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import CLIPImageProcessor
 
+from api.engine.attention import same_as
 from api.engine.cloning import clone
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, IpAdapter, for_each
@@ -114,6 +115,7 @@ def _loaded(unet: Any, adapters: Sequence[IpAdapter]) -> nn.Module:
         raise _does_not_fit(adapters[0] if len(adapters) == 1 else None, str(fault)[:300]) from fault
     finally:
         del vars(own)["to"]
+    same_as(unet, own)
     for new in (own.encoder_hid_proj, *own.attn_processors.values()):
         if isinstance(new, nn.Module):
             new.to(device=unet.device, dtype=unet.dtype).requires_grad_(False).eval()

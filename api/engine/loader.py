@@ -20,6 +20,7 @@ from api.engine.buffers import Spare
 from api.engine.device import Device
 from api.engine.faults import as_broken, naming
 from api.engine.headers import file_identity, read_header
+from api.engine.layout import mark, turn, turned
 from api.engine.library import Weightless, load_module
 from api.engine.offload import Offloading
 from api.engine.owning import own, shared_unless_changed
@@ -186,7 +187,11 @@ class PartLoader:
     def _copied(self, skeleton: Skeleton, host: HostPart) -> nn.Module:
         with spending("copy"):
             flat = torch.empty(skeleton.extent, dtype=torch.uint8, device=self._device.torch)
-            tensors = {slot.targets[0]: slot.of(flat) for slot in skeleton.slots}
+            turning = [slot.turns and self._device.turns(slot.dtype) for slot in skeleton.slots]
+            tensors = {
+                slot.targets[0]: turned(slot.of(flat)) if turns else slot.of(flat)
+                for slot, turns in zip(skeleton.slots, turning, strict=True)
+            }
         with self._copying():
             with spending("copy"):
                 _copy(skeleton, host, flat, tensors)
@@ -195,6 +200,8 @@ class PartLoader:
             with spending("copy"):
                 self._wait()
         self._flats[module] = flat
+        if any(turning):
+            mark(module)
         return module
 
     def _take_over(self, onto: nn.Module, skeleton: Skeleton, host: HostPart) -> None:
@@ -279,6 +286,8 @@ def _copy(skeleton: Skeleton, host: HostPart, flat: torch.Tensor | None, tensors
     source = host.flat if isinstance(host, BufferPart) else None
     if flat is not None and source is not None:
         flat.copy_(source, non_blocking=True)
+        for tensor in tensors.values():
+            turn(tensor)
         return
     for slot in skeleton.slots:
         tensors[slot.targets[0]].copy_(host.tensors[slot.targets[0]], non_blocking=True)

@@ -23,6 +23,7 @@ from torch import nn
 from api.engine import skeletons
 from api.engine.blocks import Layout, Load, of_module, of_skeleton
 from api.engine.device import Device
+from api.engine.layout import mark
 from api.engine.parts import HostPart, PartSpec
 from api.engine.reading import BufferPart
 from api.engine.rooms import Block, Bound, Carrier, Guest, Room
@@ -134,7 +135,7 @@ class Offloading:
     def _layout(self, spec: PartSpec) -> Layout:
         known = self._layouts.get(spec.architecture)
         if known is None:
-            known = of_skeleton(self._skeleton(spec))
+            known = of_skeleton(self._skeleton(spec), self._device.turns)
             with self._lock:  # asked from any thread
                 while len(self._layouts) >= _KEPT:
                     del self._layouts[next(iter(self._layouts))]
@@ -169,6 +170,8 @@ class Offloading:
             if hasattr(type(part), "device"):
                 vars(part)[_DEVICE] = self._device.torch
                 part.__class__ = _device_class(type(part))  # type: ignore[arg-type]
+        if any(weight.turned for weight in layout.whole.weights):
+            mark(module)
         vars(module)[_GUEST] = guest
         module.__class__ = _guest_class(type(module))  # type: ignore[arg-type]
         return module

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from api.engine.blocks import Load
 from api.engine.device import Device
+from api.engine.layout import turn, turned
 
 
 class Carrier:
@@ -38,8 +39,8 @@ class Carrier:
             place.record_stream(self._stream)
         return place
 
-    def start(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-        """Have (to, from) pairs copied once all that the device was told before is done.
+    def start(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], turning: Sequence[torch.Tensor] = ()) -> Any:
+        """Have (to, from) pairs copied once all that the device was told before is done, and some turned round then.
 
         Returns:
             To be given to ``wait``.
@@ -47,11 +48,15 @@ class Carrier:
         if self._stream is None:
             for there, here in copies:
                 there.copy_(here)
+            for tensor in turning:
+                turn(tensor)
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self.device.torch))
         with torch.cuda.stream(self._stream):
             for there, here in copies:
                 there.copy_(here, non_blocking=True)
+            for tensor in turning:
+                turn(tensor)
             return self._stream.record_event()
 
     def wait(self, copied: Any) -> None:
@@ -98,6 +103,12 @@ class Bound:
             return [(place[:length], self._flat[begin : begin + length])]
         return [(there, here) for there, (_, here) in zip(self._at(place), self._pairs, strict=True)]
 
+    def turning(self, place: torch.Tensor) -> list[torch.Tensor]:
+        """What is to be turned round when it is there: what was copied as one stretch of bytes."""
+        if self._load.begin is None or self._flat is None:
+            return []
+        return [there for there, weight in zip(self._at(place), self._load.weights, strict=True) if weight.turned]
+
     def bind(self, place: torch.Tensor) -> None:
         """From now on the weights are those at this place."""
         for (parameter, _), there in zip(self._pairs, self._at(place), strict=True):
@@ -112,9 +123,13 @@ class Bound:
         # a room has few places, and a part over a thousand weights
         known = self._views.get(place.data_ptr())
         if known is None:
-            known = self._views[place.data_ptr()] = [
+            plain = [
                 place[at : at + weight.bytes].view(weight.dtype).view(weight.shape)
                 for weight, at in zip(self._load.weights, self._load.at, strict=True)
+            ]
+            known = self._views[place.data_ptr()] = [
+                turned(there) if weight.turned else there
+                for there, weight in zip(plain, self._load.weights, strict=True)
             ]
         return known
 
@@ -202,7 +217,7 @@ class Guest:
     def come(self) -> None:
         """Take the room."""
         place = self.room.flat
-        copied = self.room.carrier.start(self._rest.copies(place))
+        copied = self.room.carrier.start(self._rest.copies(place), self._rest.turning(place))
         self._rest.bind(place)
         self.room.carrier.wait(copied)
 
@@ -269,7 +284,7 @@ class Block:
 
     def come(self, place: torch.Tensor, carrier: Carrier) -> None:
         """Be brought to a place."""
-        self.copied = carrier.start(self._bound.copies(place))
+        self.copied = carrier.start(self._bound.copies(place), self._bound.turning(place))
         self._bound.bind(place)
         self.place = place
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 
 from api.engine.cloning import clone_with, keep_text_model
 from api.engine.headers import Stored
+from api.engine.layout import turns
 
 ALIGNMENT = 256
 """Bytes; what CUDA's own allocations are aligned to, more than any kernel asks for."""
@@ -54,6 +55,7 @@ class Slot:
         shape: of the tensor.
         dtype: in memory.
         offset: of its bytes in one buffer for the whole part.
+        turns: it may have its channels last (``layout``).
     """
 
     source: str
@@ -61,6 +63,7 @@ class Slot:
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    turns: bool = False
 
     @property
     def bytes(self) -> int:
@@ -175,6 +178,11 @@ def build(
     held = sum(slot.bytes for slot in slots) + sum(b.numel() * b.element_size() for b in computed)
     parts = dict(module.named_modules(remove_duplicate=False))
     owners = tuple(tuple(_place(parts, target) for target in slot.targets) for slot in slots)
+    if isinstance(module, ModelMixin):
+        slots = tuple(
+            replace(slot, turns=all(turns(module, part, leaf) for part, leaf, _ in places))
+            for slot, places in zip(slots, owners, strict=True)
+        )
     places = tuple((part, name) for part in module.modules() for name in part._non_persistent_buffers_set)
     return Skeleton(module, slots, -(-extent // ALIGNMENT) * ALIGNMENT, held, owners, places)
 

@@ -168,7 +168,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         images: how many images the request makes.
         image_format: one of ``IMAGE_FORMATS``.
         image_quality: 1-100, for the lossy formats.
-        attention: ``sdpa`` or ``xformers``: what was asked for.
+        attention: of ``attention.ATTENTIONS``: what was asked for.
         safety_checker: run the model's safety checker, where it has one.
         meta: what is already known of ``$meta``.
         preview: a small picture of each image after every so many steps; 0: about four in all; None: none.

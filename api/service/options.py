@@ -13,6 +13,7 @@ import msgspec
 from api.errors import ApiError
 from api.models.adapters import FORMS, INVERSION, LORA, MOST, Asked, read_asked
 from api.models.refs import PRECISIONS
+from api.schema.attention import ATTENTIONS
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS, OUTPUTS
 from api.schema.prompts import SYNTAXES
@@ -246,7 +247,11 @@ OPTIONS: dict[str, Option] = {
         "what comes beside the images: `latents`, `intermediate_latents` (after each step), the `mask` of inpainting",
         "`images`", ["images", "latents"], OUTPUTS,
     ),
-    "xformers_memory_efficient_attention": flag("use xformers where installed"),
+    "attention": choice(
+        "attention kernels, as diffusers calls them; `sage` is lossy ([attention.md](attention.md))", _SERVERS,
+        "xformers", ATTENTIONS,
+    ),
+    "xformers_memory_efficient_attention": flag('the same as `attention: "xformers"`'),
     "low_vram": flag("decode in slices and tiles, with one part of the model on the device at a time"),
     "OFFLOAD": choice(
         "`none`: the model is held as it is, whether it fits so or not; `model`, `sequential`: its weights stay in "
@@ -333,6 +338,10 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
     if compel is not None and syntax is not None and compel != (syntax == "compel") and (compel or syntax == "compel"):
         message = f"Asks for the opposite of prompt_syntax {syntax}; send one of them."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.compel_prompts", requested=compel)
+    if out.get("xformers_memory_efficient_attention") and out.get("attention", "xformers") != "xformers":
+        message = f"Asks for other kernels than attention {out['attention']}; send one of them."
+        field = "callInputs.xformers_memory_efficient_attention"
+        raise ApiError("INVALID_INPUTS", message, field=field, requested=True)
     if "dest_url" in out:
         if "output_url" in out:
             message = "Another name of output_url; send one of them."

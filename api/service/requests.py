@@ -7,6 +7,7 @@ from typing import Any
 
 from api.errors import nothing_to_offload
 from api.models.refs import SourceRef
+from api.schema.attention import asked
 from api.schema.generation import WEIGHTS, GenerationRequest, IpAdapter, Pictures, each_picture, for_each
 from api.service import controlnets, ip_adapters
 from api.service.adapters import Chosen
@@ -42,7 +43,7 @@ def complete(
     plain = {name: value for name, value in given.items() if not draft.accepted[name].is_picture}
     looking = draft.adapted.adapters if draft.adapted else ()
     repeat = {**plain, "seed": draft.seed, **_named(pictures, looking)}
-    wants_xformers = options.get("xformers_memory_efficient_attention", settings.attention == "xformers")
+    wants_xformers = options.get("xformers_memory_efficient_attention")
     return GenerationRequest(
         id=draft.id,
         request_id=request_id,
@@ -55,7 +56,7 @@ def complete(
         images=draft.images,
         image_format=draft.encoding.format,
         image_quality=draft.encoding.quality,
-        attention="xformers" if wants_xformers else "sdpa",
+        attention=asked(options.get("attention"), wants_xformers, settings.attention),
         safety_checker=draft.safety_checker,
         safety_required=settings.safety_checker == "required",
         meta=_meta(draft, repeat, source, adapters),

@@ -63,7 +63,8 @@ def main() -> None:
     torch_ms = round((imported - began) * 1000)
     from api.engine.device import Device
 
-    device = Device(args.device, required=bool(settings.devices))  # that there is none is known before diffusers is
+    # that there is none is known before diffusers is
+    device = Device(args.device, bool(settings.devices), settings.channels_last, settings.tf32)
 
     _without_peft()
     postpone("scipy.stats")
@@ -71,6 +72,7 @@ def main() -> None:
     postpone("scipy.optimize", ["linear_sum_assignment"])
     from api.engine.budgets import budgets, host_memory
     from api.engine.generate import Engine
+    from api.engine.settled import settle
     from api.engine.spent import SPANS
     from api.worker.worker import Worker
 
@@ -83,6 +85,7 @@ def main() -> None:
         idle_timeout=settings.model_idle_timeout,
         adapters_limit=settings.adapters_limit,
         embeddings_limit=settings.embeddings_limit,
+        attention=settle(device, settings.state_dir),
     )
     started = time.perf_counter()
     init_ms = round((started - began) * 1000)
