@@ -178,7 +178,7 @@ _lock = threading.Lock()
 
 
 def _dispatched(
-    backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, **more: Any
+    backend: str, /, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, **more: Any
 ) -> torch.Tensor:
     """``dispatch_attention_fn``: (batch, rows, heads, size), by a backend; by torch's own where it has no operator.
 
@@ -202,7 +202,7 @@ def _dispatched(
     return run("native", query, key, value, **given)
 
 
-def run(backend: str, *args: torch.Tensor, **given: Any) -> torch.Tensor:
+def run(backend: str, /, *args: torch.Tensor, **given: Any) -> torch.Tensor:
     """A backend's own attention, (batch, rows, heads, size), or what it raises where it has no operator."""
     given = {**given, "backend": dispatch.AttentionBackendName("native" if backend == NATIVE else backend)}
     out: torch.Tensor = dispatch.dispatch_attention_fn(*args, **given)

@@ -388,11 +388,11 @@ def test_a_part_whose_copy_fails_is_not_taken_for_there(
     expected = it.generate(request).images
     start, left = Carrier.start, [5]
 
-    def failing(self: Carrier, copies: Any) -> Any:
+    def failing(self: Carrier, *copies: Any) -> Any:
         left[0] -= 1
         if not left[0]:
             raise torch.OutOfMemoryError("injected")
-        return start(self, copies)
+        return start(self, *copies)
 
     monkeypatch.setattr(Carrier, "start", failing)
     for count in range(1, 12):
