@@ -210,9 +210,19 @@ def test_a_list_of_seeds_gives_each_image_its_own(server: Server) -> None:
         assert np.abs(a.astype(int) - b).max() <= 2
 
 
-def test_xformers_falls_back_where_it_is_not_installed(server: Server) -> None:
-    body = server.post({"prompt": "a", "num_inference_steps": 1}, {"xformers_memory_efficient_attention": True}).json()
-    assert body["$meta"]["attention"] == "sdpa"
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        ({"xformers_memory_efficient_attention": True}, "sdpa"),  # is not installed
+        ({"attention": "flash"}, "sdpa"),
+        ({"attention": "auto"}, "sdpa"),
+        ({"attention": "native"}, "sdpa"),
+        ({"attention": "_native_math"}, "_native_math"),
+    ],
+)
+def test_attention_is_what_was_asked_for_where_it_can_be_had(server: Server, asked: dict[str, Any], used: str) -> None:
+    meta = server.post({"prompt": "a", "num_inference_steps": 1}, asked).json()["$meta"]
+    assert (meta["attention"], meta["numerics"]) == (used, f"cpu/float32/{used}/eager")
 
 
 def test_secrets_and_pictures_stay_out_of_the_log(server: Server) -> None:

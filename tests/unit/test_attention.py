@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -27,8 +28,12 @@ from api.engine.loader import LoadedModel, load
 from api.schema.attention import ATTENTIONS, FORCED, NATIVE, PACKAGES, asked
 from api.schema.generation import GenerationRequest, ModelRef
 from api.settings import Settings
+from tests.adapters import lora, random_halves, save_peft
+from tests.budgeted import Apart
+from tests.controlled import save_image_encoder, save_ip_adapter
 from tests.generating import a_request
 from tests.tiny import save_tiny
+from tests.unit.test_ip_adapters import Made
 from tests.unit.test_offload import save_flux
 
 TOLERANCE = 2e-6
@@ -220,6 +225,36 @@ def test_jobs_with_the_same_kernels_are_merged(models: dict[str, ModelRef], engi
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         list(pool.map(run, range(3)))
     assert max(shape[0] for shape in kernel.calls) > 2  # more than one request with guidance
+
+
+def test_weights_that_come_and_go_have_the_kernels_too(models: dict[str, ModelRef], kernel: Kernel) -> None:
+    engine = Engine(Apart(), embeddings_limit=0)
+    for kind in ("sd", "flux"):
+        expected = engine.generate(asking(models[kind], "flash")).images
+        for way in ("model", "sequential"):
+            done = engine.generate(asking(models[kind], "flash", offload=way))
+            assert (done.meta["attention"], done.meta["placement"]) == ("flash", way)
+            assert np.array_equal(done.images, expected)
+    engine.close()
+
+
+def test_adapters_go_with_the_kernels(tmp_path: Path, engine: Engine, kernel: Kernel) -> None:
+    save_tiny(tmp_path / "model")
+    save_image_encoder(tmp_path / "image_encoder", 3)
+    save_ip_adapter(tmp_path / "one.safetensors", tmp_path / "model", 0)
+    model = ModelRef("tiny/sd", "main", "fp32", str(tmp_path / "model"))
+    file = save_peft(tmp_path / "lora.safetensors", random_halves(load(model, Device("cpu")).components, 1))
+    made = Made("StableDiffusion", tmp_path / "model", tmp_path, engine)
+    looked_at = made.request([("one", 0.6, [1])], loras=[lora(file)])
+    for request in (asking(model, NATIVE, loras=(lora(file),)), looked_at):
+        expected = engine.generate(msgspec.structs.replace(request, attention=NATIVE))
+        kernel.calls.clear()
+        done = engine.generate(msgspec.structs.replace(request, attention="flash"))
+        assert done.meta["attention"] == "flash"
+        assert np.abs(done.images.astype(int) - expected.images.astype(int)).max() <= 1
+        assert not np.array_equal(done.images, engine.generate(asking(model, "flash")).images)
+        # eight layers; attention to pictures is one more in each of the four that look at the prompt
+        assert len(kernel.calls) == 3 * (12 if request is looked_at else 8)
 
 
 def test_tiles_have_the_kernels_too(models: dict[str, ModelRef], engine: Engine) -> None:

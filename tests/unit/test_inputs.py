@@ -149,6 +149,13 @@ def test_how_a_model_is_held_can_be_asked_for() -> None:
         assert asyncio.run(told.admit("test", {"prompt": "x"}, call_inputs)).request.offload == offload
 
 
+def test_attention_can_be_asked_for() -> None:
+    assert admit({"prompt": "x"}, {}).attention == "auto"
+    assert admit({"prompt": "x"}, {"attention": "sage"}).attention == "sage"
+    assert admit({"prompt": "x"}, {"attention": "native"}).attention == "sdpa"
+    assert admit({"prompt": "x"}, {"xformers_memory_efficient_attention": True}).attention == "xformers"
+
+
 @pytest.mark.parametrize(
     ("call_inputs", "field", "code"),
     [
@@ -156,6 +163,13 @@ def test_how_a_model_is_held_can_be_asked_for() -> None:
         ({"OFFLOAD": True}, "OFFLOAD", "INVALID_INPUTS"),
         ({"low_vram": "yes"}, "low_vram", "INVALID_INPUTS"),
         ({"low_vram": True, "OFFLOAD": "none"}, "low_vram", "INVALID_INPUTS"),
+        ({"attention": "flash_hub"}, "attention", "INVALID_INPUTS"),
+        ({"attention": True}, "attention", "INVALID_INPUTS"),
+        (
+            {"attention": "flash", "xformers_memory_efficient_attention": True},
+            "xformers_memory_efficient_attention",
+            "INVALID_INPUTS",
+        ),
     ],
 )
 def test_how_a_model_cannot_be_held(call_inputs: dict[str, Any], field: str, code: str) -> None:
