@@ -247,16 +247,20 @@ def size_of(request: GenerationRequest) -> tuple[int, ...]:
 
 def about(build: Build, request: GenerationRequest, placement: str) -> About:
     """What the memory of a request's calls depends on."""
-    return About(build, codec_of(placement), math.prod(size_of(request) or (0,)), bool(request.pictures))
+    # kernels of attention differ most of all in what they need
+    return About(
+        (build, request.attention), codec_of(placement), math.prod(size_of(request) or (0,)), bool(request.pictures)
+    )
 
 
 def _kind(build: Build, request: GenerationRequest) -> Hashable:
     """Requests of one kind need the same memory for each of their images."""
-    return build, size_of(request), request.images > 1
+    return build, request.attention, size_of(request), request.images > 1
 
 
 def _asked(build: Build, request: GenerationRequest) -> Hashable:
-    return build, size_of(request), request.images, request.pipeline, request.low_vram, request.offload
+    asked = request.images, request.pipeline, request.low_vram, request.offload
+    return build, request.attention, size_of(request), *asked
 
 
 def _remember(known: dict[Any, Any], key: Hashable, value: Any) -> None:

@@ -108,13 +108,13 @@ def fastest(usable: Callable[[str], bool], measure: Measure, limit: float = _SEC
         measure: see ``Measure``.
         limit: seconds after which nothing more is measured; what was not measured at all shapes does not win.
     """
-    began = time.perf_counter()
+    until = time.perf_counter() + limit
     taken = {NATIVE: sum(measure(NATIVE, shape) for shape in SHAPES)}
     for name in CANDIDATES:
-        if missing(name) is not None or not usable(name):
+        if time.perf_counter() > until or missing(name) is not None or not usable(name):
             continue
         try:
-            taken[name] = sum(_timely(measure, name, shape, began + limit) for shape in SHAPES)
+            taken[name] = sum(_timely(measure, name, shape, until) for shape in SHAPES)
         except Exception as fault:  # an operator that it has not for one of the shapes, or no time left
             log.info("attention %s is not measured: %s", name, " ".join(str(fault).split())[:200])
     best = min(taken, key=lambda name: taken[name])
@@ -164,7 +164,8 @@ def kept_or(
 ) -> str:
     """What was kept for a device and versions, else what is chosen now, and kept.
 
-    Of two workers that begin at once one chooses and the other waits for it.
+    Of two workers that begin at once one chooses and the other waits for it. Should the first fail or die meanwhile, as
+    a kernel that was built for another device may have it, torch's own choice stays kept: nothing is tried again.
 
     Args:
         folder: where it is kept.
@@ -192,6 +193,9 @@ def kept_or(
         known = next((entry for entry in mine if entry.get("versions") == dict(now)), None)
         if known is not None:
             return str(known["attention"])
+        others = entries[-_KEPT:]
+        entry_now = {**about, "versions": dict(now)}
+        _write(folder / FILE, [*others, {**entry_now, "attention": NATIVE}])
         chosen = choose()
         for entry in mine[-1:]:
             if entry["attention"] != chosen:
@@ -199,7 +203,7 @@ def kept_or(
                     "attention auto is %s with %s; it was %s with %s: images of the same seed may differ in rounding",
                     chosen, _named(now), entry["attention"], _named(entry["versions"]),
                 )  # fmt: skip
-        _write(folder / FILE, [*entries[-_KEPT:], {**about, "versions": dict(now), "attention": chosen}])
+        _write(folder / FILE, [*others, {**entry_now, "attention": chosen}])
         return chosen
     finally:
         lock.release()

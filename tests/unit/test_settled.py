@@ -218,10 +218,14 @@ def test_no_start_fails_by_it(
     def lost(*args: object) -> float:
         raise RuntimeError("CUDA error")
 
+    seconds = settled.seconds
     monkeypatch.setattr(settled, "seconds", lost)
     assert settle(card, tmp_path) == {}
-    assert not (tmp_path / FILE).exists()
     assert "could not be settled" in caplog.text
+    monkeypatch.setattr(settled, "seconds", seconds)
+    assert settle(card, tmp_path) == {}, "what may have killed a worker is not tried again"
+    (tmp_path / FILE).unlink()
+    assert settle(card, tmp_path)
 
 
 def test_the_libraries_own_variable_is_not_used(
