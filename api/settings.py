@@ -289,6 +289,12 @@ class Settings:
         "auto: what does not fit is decoded in slices, then tiles, then weights stay in RAM; none: it is a 507; model, "
         "sequential: weights stay in RAM from the start, one part or block at a time on the GPU",
     )
+    quantize: str = _variable(
+        "QUANTIZE",
+        "",
+        _one_of("", "none", "fp8", "int8", "nf4"),
+        "what large linear layers are quantized to, lossily, for less memory (pip install '.[quantize]'); empty: none",
+    )
     adapters_limit: int = _variable(
         "ADAPTERS_LIMIT", "1GiB", _bytes, "what LoRAs that no running job uses may take on a device, beside the models"
     )

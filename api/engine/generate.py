@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from api.engine import layout
+from api.engine import layout, lossy
 from api.engine.adapters import Adapters, without_scale
 from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran, is_short
 from api.engine.attention import components_with
@@ -42,6 +42,7 @@ from api.engine.prompts import understand
 from api.engine.refusals import refused_inputs
 from api.engine.schedulers import refused_by
 from api.engine.staging import Stager
+from api.engine.step_cache import StepCaching
 from api.engine.tally import Tally
 from api.engine.tiers import Tiers
 from api.engine.truncation import cut_off
@@ -230,6 +231,7 @@ class Engine:
         if request.then:
             return planned(request, self.plan)
         cache = self.cache
+        lossy.check_quantizes(request, cache.parts)
         try:
             ways = self.attempts.ways(request)
             placement, fits = self.attempts.ladder.expected(request, ways)
@@ -269,6 +271,8 @@ class Engine:
             Cancelled: ``cancelled`` said so.
             ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY.
         """
+        for stage in request.stages:
+            lossy.check_quantizes(stage, self.cache.parts)
         timings: dict[str, int] = {}
         job = Job(request, on_step, on_phase, cancelled, on_preview, deadline, overdue)
         try:
@@ -282,10 +286,11 @@ class Engine:
 
     def _run(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
         request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview
-        with self.executor.job(ticket), torch.no_grad():
+        with self.executor.job(ticket), torch.no_grad(), StepCaching(request.step_cache) as stepping:
             parts, used = components_with(model, request.attention, self.attention, self.executor.on_device)
             parts = with_ip_adapters(placed(model, parts, used, placement), request.ip_adapters)
             parts, told = self.adapters.applied(model, parts, used, request)
+            parts, told = stepping.applied(parts), {**told, **lossy.told_of(model, request)}
             generator = resumed(make_generators(request.seed), job.random)
             seed, known = first_seed(request.seed), self.embeddings
             seen = {name: view(part, self.executor, ticket, seed, known) for name, part in parts.items()}
@@ -352,6 +357,7 @@ class Engine:
         dtype = str(done.dtype).removeprefix("torch.")
         numerics = f"{self.device.torch.type}/{dtype}/{done.attention}/eager"
         numerics += "".join(f"/{word}" for word in done.words)
+        numerics += lossy.words(request, done.told, self.device.torch, done.dtype)
         return {
             "device": self.device.torch.type,
             "device_name": self.device.name,

@@ -26,6 +26,9 @@ from api.engine.offload import Offloading
 from api.engine.owning import own, shared_unless_changed
 from api.engine.parts import HostPart, PartSpec
 from api.engine.plans import Plans
+from api.engine.quantization import RULE, Rule
+from api.engine.quantized_layers import has_quantized
+from api.engine.quantized_skeletons import Quantized, read_quantized
 from api.engine.reading import BufferPart, read
 from api.engine.skeletons import Skeleton
 from api.engine.specs import (
@@ -49,6 +52,7 @@ class LoadedModel:
         components: by name, as diffusers calls them.
         config: arguments of its pipeline class that are no components.
         bytes: of all parameters and buffers.
+        quantized: the names of the components that have quantized layers.
         schedulers: by class name, with the model's settings, never run: jobs get copies.
         variants: modules over the same weights with something switched, such as the attention, by its name.
         latent_maps: what makes previews of latents, by the autoencoder's name; None where that cannot be.
@@ -68,6 +72,8 @@ class LoadedModel:
         self.schedulers: dict[str, Any] = {}
         self.variants: dict[str, dict[str, Any]] = {}
         self.latent_maps: dict[str, Any] = {}
+        modules = {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+        self.quantized = [name for name, part in modules.items() if ref.quantize and has_quantized(part)]
         self.bytes = sum(module_bytes(part) for part in self.components.values() if isinstance(part, nn.Module))
 
 
@@ -87,13 +93,14 @@ class PartLoader:
     Args:
         device: where modules are placed.
         host_limit: bytes of the host's memory that parts may take: what one has left is kept for the next within it.
+        rule: what is quantized where a model is to be.
     """
 
-    def __init__(self, device: Device, host_limit: int = 0) -> None:
+    def __init__(self, device: Device, host_limit: int = 0, rule: Rule = RULE) -> None:
         self._device = device
         self._spare = Spare(host_limit)
         self._weightless = Weightless()
-        self._plans = Plans(device)
+        self._plans = Plans(device, rule)
         # one buffer under each module that was copied to the device
         self._flats: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
         self._stream = torch.cuda.Stream(device.torch) if device.is_cuda else None
@@ -145,6 +152,8 @@ class PartLoader:
         shares, pin = self._device.shares_host, self._device.is_cuda
         with as_broken(spec.folder):
             headers = [read_header(path) for path in spec.files]
+            if isinstance(skeleton, Quantized):
+                return read_quantized(headers, skeleton, pin, self._spare)
             return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self._spare)
 
     # --- from host to device ---

@@ -60,14 +60,14 @@ class Offloaded(ModelRef, frozen=True):
     @property
     def plain(self) -> ModelRef:
         """The same model held as it is."""
-        return ModelRef(self.model_id, self.revision, self.precision, self.folder, self.additions)
+        return ModelRef(self.model_id, self.revision, self.precision, self.folder, self.additions, self.quantize)
 
 
 def held_as(ref: ModelRef, mode: str) -> ModelRef:
     """A model held in a way: ``full``, ``model`` or ``sequential``."""
     if mode == "full":
         return ref
-    return Offloaded(ref.model_id, ref.revision, ref.precision, ref.folder, ref.additions, mode)
+    return Offloaded(ref.model_id, ref.revision, ref.precision, ref.folder, ref.additions, ref.quantize, mode)
 
 
 class Offloading:

@@ -33,6 +33,7 @@ class PartSpec:
         by_library: it is not one that our own reader knows: the library loads it, which patches torch process-wide
             meanwhile, so that nothing else may run.
         identities: of the files when the key was made (``headers.file_identity``).
+        quantize: what its large layers are quantized to; empty: none of them is.
     """
 
     name: str
@@ -46,6 +47,7 @@ class PartSpec:
     files: tuple[Path, ...]
     by_library: bool = False
     identities: tuple[tuple[str, int, int, int], ...] = ()
+    quantize: str = ""
 
 
 @dataclass

@@ -17,6 +17,8 @@ import torch
 from api.engine.device import Device
 from api.engine.headers import broken, file_identity
 from api.engine.parts import PartSpec
+from api.engine.quantization import RULE, Rule
+from api.engine.quantized_skeletons import quantized
 from api.engine.skeletons import NotExactError, Skeleton, build
 from api.engine.specs import (
     Component,
@@ -59,10 +61,12 @@ class Plans:
 
     Args:
         device: that the parts are for.
+        rule: what is quantized where a model is to be.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, rule: Rule = RULE) -> None:
         self._device = device
+        self._rule = rule
         self._twins = Twins()
         self._skeletons: OrderedDict[str, Skeleton | None] = OrderedDict()
         self._lock = threading.Lock()
@@ -81,9 +85,10 @@ class Plans:
         found = [part for part in components(folder) if part.has_weights and part.name not in replaced]
         plans = [planned(component, dtype, variant) for component in found]
         plans += [planned(part, dtype, variant_of_part(part.folder, ref.precision)) for part in others]
-        return [self._spec(plan) for plan in plans]
+        names = {component.name for component in found}
+        return [self._spec(plan, ref.quantize if plan.component.name in names else "") for plan in plans]
 
-    def _spec(self, plan: Plan) -> PartSpec:
+    def _spec(self, plan: Plan, quantize: str = "") -> PartSpec:
         component, config, files = plan.component, plan.config, plan.weights.files
         identities = tuple(map(file_identity, files))  # before the content is looked at: what changes later is seen
         what = [component.library, component.class_name, config, str(plan.dtype)]
@@ -94,6 +99,8 @@ class Plans:
         skeleton = self._built(architecture, plan)
         if skeleton is None:
             key = _digest([key, side_files(component)])
+        elif quantize and (smaller := self._quantized(architecture, plan, quantize, skeleton)):
+            key, architecture, skeleton = f"{key}:{quantize}", f"{architecture}:{quantize}", smaller
         return PartSpec(
             name=component.name,
             key=key,
@@ -107,6 +114,7 @@ class Plans:
             files=files,
             by_library=skeleton is None,
             identities=identities,
+            quantize=quantize if architecture.endswith(f":{quantize}") else "",
         )
 
     def _built(self, architecture: str, plan: Plan) -> Skeleton | None:
@@ -114,7 +122,16 @@ class Plans:
             if architecture in self._skeletons:
                 self._skeletons.move_to_end(architecture)
                 return self._skeletons[architecture]
-        skeleton = _build(plan)
+        return self._kept(architecture, _build(plan))
+
+    def _quantized(self, architecture: str, plan: Plan, kind: str, skeleton: Skeleton) -> Skeleton | None:
+        """The skeleton with quantized layers, if it has any."""
+        name = f"{architecture}:{kind}"
+        with self._lock:
+            known = self._skeletons.get(name)
+        return known or self._kept(name, quantized(skeleton, plan.component.name, kind, plan.dtype, self._rule))
+
+    def _kept(self, architecture: str, skeleton: Skeleton | None) -> Skeleton | None:
         with self._lock:
             while len(self._skeletons) >= _SKELETONS:
                 self._skeletons.popitem(last=False)
@@ -128,7 +145,10 @@ class Plans:
         """
         with self._lock:
             skeleton = self._skeletons.get(spec.architecture)
-        skeleton = skeleton or self._built(spec.architecture, self._replanned(spec))
+        if skeleton is None:
+            plan, (plain, _, kind) = self._replanned(spec), spec.architecture.partition(":")
+            skeleton = self._built(plain, plan)
+            skeleton = self._quantized(plain, plan, kind, skeleton) if skeleton and kind else skeleton
         if skeleton is None:
             raise broken(spec.folder, "has changed")
         return skeleton

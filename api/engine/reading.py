@@ -85,7 +85,7 @@ def read(
         if spare is not None:
             spare.count(part, part.bytes)
         return part
-    return _copied(headers, slots, buffer(extent, pin, spare), extent)
+    return copied(headers, slots, buffer(extent, pin, spare), extent)
 
 
 # --- mapped ---
@@ -199,7 +199,8 @@ def _blocks(header: Header, slots: Mapping[str, Slot]) -> Iterator[_Block]:
         yield _Block(header, tuple(pieces))
 
 
-def _copied(headers: Sequence[Header], slots: Sequence[Slot], flat: torch.Tensor, extent: int) -> BufferPart:
+def copied(headers: Sequence[Header], slots: Sequence[Slot], flat: torch.Tensor, extent: int) -> BufferPart:
+    """Read into a buffer, each tensor to its slot, and cast on the way; see ``read``."""
     by_source = {slot.source: slot for slot in slots}
     blocks = [block for header in headers for block in _blocks(header, by_source)]
     cold = any(_is_cold(header) for header in headers)

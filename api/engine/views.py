@@ -166,7 +166,8 @@ class _Tree:
     def method(self, name: str) -> Callable[..., Any]:
         """What is to be called: the shared module's method, or that of the job's own tree."""
         if not self._is_changed():
-            return getattr(self.part, name)  # type: ignore[no-any-return]
+            shared = getattr(self.part, name)
+            return _alone(shared, name) if _caches(self.part) else shared  # type: ignore[no-any-return]
 
         def own(*args: Any, **kwargs: Any) -> Any:
             self.inside = True
@@ -220,10 +221,31 @@ def _class_of_views(cls: type[nn.Module]) -> type[nn.Module]:
         if hasattr(cls, name):  # without a walk through the tree, which would copy all of it
             body[name] = property(functools.partial(_of_part, name))
     if hasattr(cls, "cache_context"):
-        # caches between steps are never switched on, and these look for them in the whole tree
-        body["cache_context"] = lambda self, *args, **kwargs: contextlib.nullcontext()
+        # where no cache between steps is on (``step_cache``), these would look for one in the whole tree
+        body["cache_context"] = _cache_context
         body["_reset_stateful_cache"] = lambda self, *args, **kwargs: None
     return type(cls.__name__, (cls,), body)
+
+
+def _caches(part: nn.Module) -> bool:
+    """Whether a module keeps something from one step to the next: it is this job's own."""
+    return getattr(part, "is_cache_enabled", False) is True
+
+
+def _cache_context(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    part: Any = vars(self)[_TREE].part
+    return part.cache_context(*args, **kwargs) if _caches(part) else contextlib.nullcontext()
+
+
+def _alone(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The same, but never in one call with others, nor in halves."""
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    alone.__name__ = name
+    alone.runs_alone = True  # type: ignore[attr-defined]
+    return alone
 
 
 def _of_part(name: str, own: nn.Module) -> Any:

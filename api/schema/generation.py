@@ -23,6 +23,12 @@ EXTRAS_LIMIT = 32 * 2**20
 """Bytes of latents in one answer."""
 
 
+QUANTIZED_BY = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
+"""What weights can be quantized to, and the package that does it."""
+STEP_CACHES = ("first_block", "taylorseer")
+"""How steps of a denoiser can be skipped."""
+
+
 class Addition(msgspec.Struct, frozen=True):
     """A part that a request adds to its model, such as a ControlNet.
 
@@ -48,6 +54,7 @@ class ModelRef(msgspec.Struct, frozen=True):
         precision: ``fp32``, ``fp16`` or ``bf16``: what the weights are computed in.
         folder: absolute path of the diffusers layout on disk.
         additions: parts that are no part of it: it is another model with them, which shares its own with it.
+        quantize: what its large layers are quantized to, of ``QUANTIZED_BY``: another model, which shares the rest.
     """
 
     model_id: str
@@ -55,12 +62,14 @@ class ModelRef(msgspec.Struct, frozen=True):
     precision: str
     folder: str
     additions: tuple[Addition, ...] = ()
+    quantize: str = ""
 
     @property
     def key(self) -> str:
         """Two refs with the same key mean the same weights in the same precision."""
         added = (f"+{part.name}={part.folder}/{part.part}@{part.revision}" for part in self.additions)
-        return "".join((f"{self.folder}@{self.revision}:{self.precision}", *added))
+        quantized = f":{self.quantize}" if self.quantize else ""
+        return "".join((f"{self.folder}@{self.revision}:{self.precision}{quantized}", *added))
 
 
 class IpAdapter(msgspec.Struct, frozen=True):
@@ -153,6 +162,34 @@ class Code(msgspec.Struct, frozen=True):
     class_name: str
 
 
+class StepCache(msgspec.Struct, frozen=True):
+    """A cache of what blocks of a denoiser gave in earlier steps, which is used in place of computing it again.
+
+    Attributes:
+        kind: of ``STEP_CACHES``.
+        threshold: how much may have changed, relatively, for a step to be skipped; of ``taylorseer`` every how many
+            steps are computed.
+    """
+
+    kind: str
+    threshold: float
+
+    @property
+    def argument(self) -> str:
+        """What clients call the threshold."""
+        return "interval" if self.kind == "taylorseer" else "threshold"
+
+    @property
+    def number(self) -> int | float:
+        """The threshold as clients send it."""
+        return int(self.threshold) if self.kind == "taylorseer" else self.threshold
+
+    @property
+    def word(self) -> str:
+        """As ``$meta.numerics`` tells it."""
+        return f"step_cache:{self.kind}@{self.number:g}"
+
+
 class GenerationRequest(msgspec.Struct, frozen=True):
     """The validated description of one generation. Every dialect ends in it.
 
@@ -189,6 +226,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         takes: what it gets from the generation before it, as the argument ``image``; a picture without pixels stands in
             ``pictures`` for each.
         then: the generations that follow, each with what the one before gives; the last one's images are answered.
+        quantize: what the request itself asks to have weights quantized to; empty: nothing, whatever the server does.
+        step_cache: how steps are skipped, lossily; None: not at all.
     """
 
     id: str
@@ -221,6 +260,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     ip_adapters: tuple[IpAdapter, ...] = ()
     takes: Handover | None = None
     then: tuple[GenerationRequest, ...] = ()
+    quantize: str = ""
+    step_cache: StepCache | None = None
 
     @property
     def stages(self) -> tuple[GenerationRequest, ...]:

@@ -35,6 +35,7 @@ from api.service.flow_stages import Refiner
 from api.service.flows import Flows
 from api.service.options import check_options
 from api.service.pictures import read_picture
+from api.service.quantize import choose_quantize
 from api.service.requests import complete
 from api.service.webhooks_delivery import check_receiver
 from api.settings import Settings
@@ -85,9 +86,10 @@ class Admission:
         refs = [read_ref(options, self._settings) for options in [{}, *named]]
         return list({ref.name: ref for ref in refs if ref is not None}.values())
 
-    def model_ref(self, model: InstalledModel, ref: SourceRef) -> ModelRef:
-        """What a worker is told to load."""
-        return ModelRef(model.model_id, model.revision, self.precision_of(ref), str(model.folder))
+    def model_ref(self, model: InstalledModel, ref: SourceRef, options: dict[str, Any] | None = None) -> ModelRef:
+        """What a worker is told to load, where ``callInputs`` say no more than ``options``."""
+        quantize = choose_quantize(options or {}, self._settings)
+        return ModelRef(model.model_id, model.revision, self.precision_of(ref), str(model.folder), quantize=quantize)
 
     def precision_of(self, ref: SourceRef) -> str:
         """What the weights are computed in."""

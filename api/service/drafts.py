@@ -21,8 +21,10 @@ from api.service.choices import check_community, choose_method, choose_pipeline
 from api.service.destinations import Destination, choose_destinations
 from api.service.output import Encoding, check_output, choose_encoding
 from api.service.prompts import check_syntax, check_weighing
+from api.service.quantize import choose_quantize
 from api.service.safety import choose_safety
 from api.service.schedulers import Scheduler, choose_scheduler
+from api.service.step_cache import check_step_cache
 from api.settings import Settings
 
 _MAX_DRAWN_SEED = 2**32
@@ -89,6 +91,7 @@ def draft_of(
     else:
         requested, pipeline = choose_pipeline(options, model_inputs, model, settings.pipeline)
     method = choose_method(options, code.name if code else pipeline, code)
+    check_step_cache(options, pipeline)
     scheduler = choose_scheduler(options, model, settings.scheduler)
     safety_checker = choose_safety(options, model, settings.safety_checker)
     encoding = choose_encoding(options)
@@ -116,7 +119,7 @@ def draft_of(
     return Draft(
         options=options,
         model=model,
-        ref=msgspec.structs.replace(ref, additions=additions),
+        ref=msgspec.structs.replace(ref, additions=additions, quantize=choose_quantize(options, settings)),
         requested=requested,
         pipeline=pipeline,
         scheduler=scheduler,

@@ -94,12 +94,13 @@ async def load(service: Service, body: dict[str, Any]) -> list[Held]:
     pin = options.pop("pin", False)
     if not isinstance(pin, bool):
         raise ApiError("INVALID_INPUTS", "Must be true or false.", field="pin", requested=pin)
-    ref = service.source_ref(check_options(options))
+    options = check_options(options)
+    ref = service.source_ref(options)
     ready = _ready(service)
     async with _patience(service, "The model is not in memory yet: it is still being fetched or loaded."):
         found = await asyncio.to_thread(service.library.find, ref) or (await service.fetcher.ensure(ref)).model
         with service.fetcher.hold(found.folder):
-            model = service.model_ref(found, ref)
+            model = service.model_ref(found, ref, options)
             asked = [worker.ask(Load(model, secrets.token_hex(8), tier, pin)) for worker in ready]
             _check(await asyncio.gather(*asked))
     return held(service.dispatcher.workers, lambda ref: ref.key == model.key)
@@ -122,7 +123,8 @@ async def unload(service: Service, body: dict[str, Any]) -> list[Held]:
         ApiError: INVALID_INPUTS; MODEL_NOT_FOUND, MODEL_BROKEN: nothing of it is in memory.
     """
     options, tier = _read(body, ("host", "disk"), "disk")
-    ref, workers = service.source_ref(check_options(options)), service.dispatcher.workers
+    options = check_options(options)
+    ref, workers = service.source_ref(options), service.dispatcher.workers
     precision = service.precision_of(ref) if "MODEL_PRECISION" in options else ""
     found, fault = None, _unknown(ref.model_id, workers)
     try:
@@ -140,7 +142,7 @@ async def unload(service: Service, body: dict[str, Any]) -> list[Held]:
     if found is None and not held(workers, means) and not any(forgotten):
         raise fault
     # also what is only on its way there
-    named = {service.model_ref(found, ref).key} if found else set[str]()
+    named = {service.model_ref(found, ref, options).key} if found else set[str]()
     asked = [
         worker.ask(Unload(key, secrets.token_hex(8), tier))
         for worker, coming in zip(workers, forgotten, strict=True)

@@ -15,9 +15,11 @@ from api.models.adapters import FORMS, INVERSION, LORA, MOST, Asked, read_asked
 from api.models.refs import PRECISIONS
 from api.schema.attention import ATTENTIONS
 from api.schema.catalogue import nearest
-from api.schema.generation import OFFLOADS, OUTPUTS
+from api.schema.generation import OFFLOADS, OUTPUTS, QUANTIZED_BY
 from api.schema.prompts import SYNTAXES
 from api.service.flow_options import HIRES_SCHEMA, REFINER_SCHEMA, check_hires, check_refiner
+from api.service.step_cache import SCHEMA as STEP_CACHE
+from api.service.step_cache import read_step_cache
 from api.service.webhooks_signing import check_key
 
 _LONGEST = 200
@@ -256,6 +258,16 @@ OPTIONS: dict[str, Option] = {
     "OFFLOAD": choice(
         "`none`: the model is held as it is, whether it fits so or not; `model`, `sequential`: its weights stay in "
         "RAM, and one part or block of it is on the device at a time", _SERVERS, "model", OFFLOADS,
+    ),
+    "QUANTIZE": choice(
+        "lossy: what large linear layers are quantized to, for less memory ([quantization.md](quantization.md))",
+        _SERVERS, "int8", ("none", *QUANTIZED_BY),
+    ),
+    "step_cache": Option(
+        kind="`true`, or object of `kind` and `threshold` or `interval`",
+        meaning="lossy: skip what changes little from step to step ([quantization.md](quantization.md#step-caching))",
+        default="none", example={"kind": "first_block", "threshold": 0.08}, check=read_step_cache,
+        schema=STEP_CACHE,
     ),
     "lora_weights": Option(
         kind="string or object, or a list of them",

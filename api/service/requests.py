@@ -12,6 +12,7 @@ from api.schema.generation import WEIGHTS, GenerationRequest, IpAdapter, Picture
 from api.service import controlnets, ip_adapters
 from api.service.adapters import Chosen
 from api.service.drafts import Draft
+from api.service.quantize import asked_for
 from api.service.schedulers import Scheduler
 from api.settings import Settings
 
@@ -73,6 +74,8 @@ def complete(
         method=draft.method,
         code=draft.code,
         ip_adapters=looking,
+        quantize=asked_for(options),
+        step_cache=options.get("step_cache"),
     )
 
 

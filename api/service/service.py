@@ -29,6 +29,7 @@ from api.service.keys import Gate
 from api.service.later import Later
 from api.service.limits import Limits
 from api.service.metrics import Metrics
+from api.service.quantize import check_installed
 from api.service.schedulers import check_name
 from api.service.spawning import devices
 from api.service.tracing import open_tracing
@@ -60,6 +61,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         check_name(settings.scheduler)
+        check_installed(settings)
         Reach.of(settings)
         self.settings = settings
         self.gate = Gate(settings)
@@ -181,9 +183,9 @@ class Service:
         """
         return self._admission.source_ref(options)
 
-    def model_ref(self, model: InstalledModel, ref: SourceRef) -> ModelRef:
+    def model_ref(self, model: InstalledModel, ref: SourceRef, options: dict[str, Any] | None = None) -> ModelRef:
         """What a worker knows a model by."""
-        return self._admission.model_ref(model, ref)
+        return self._admission.model_ref(model, ref, options)
 
     def precision_of(self, ref: SourceRef) -> str:
         """What a model's weights are computed in."""

@@ -41,6 +41,24 @@ def _without_peft() -> None:
         module.USE_PEFT_BACKEND = False
 
 
+def _without_quantizers() -> None:
+    """torchao and bitsandbytes are asked by ``engine/quantized_layers.py``, with the first weight that is quantized.
+
+    diffusers and transformers would import them for models that were saved quantized by them: two seconds, and lines in
+    the log about kernels for other machines. It is said before anything of theirs but utilities is imported.
+    """
+    import transformers.utils
+    from diffusers import utils
+    from diffusers.utils import import_utils
+
+    import_utils._torchao_available = import_utils._bitsandbytes_available = False
+    for name in ("is_torchao_available", "is_bitsandbytes_available"):
+        for module in (transformers.utils, transformers.utils.import_utils):
+            setattr(module, name, lambda *args: False)
+    for module in (utils, import_utils):
+        module.is_torchao_available = module.is_bitsandbytes_available = lambda: False
+
+
 def main() -> None:
     """Run until the service closes the socket."""
     began = time.perf_counter()
@@ -67,6 +85,7 @@ def main() -> None:
     device = Device(args.device, bool(settings.devices), settings.channels_last, settings.tf32)
 
     _without_peft()
+    _without_quantizers()
     postpone("scipy.stats")
     postpone("scipy.integrate")
     postpone("scipy.optimize", ["linear_sum_assignment"])
