@@ -24,8 +24,6 @@ from api.engine.cloning import clone
 from api.errors import ApiError
 from api.schema.generation import StepCache
 
-_HOOKED = ("_diffusers_hook", "forward")
-
 
 class StepCaching:
     """What a job's denoisers are given for one run; to be entered for it.
@@ -47,8 +45,10 @@ class StepCaching:
         # hooks and modules hold each other: what they keep would stay until the garbage collector comes by
         for module in self._made:
             for part in module.modules():
-                for name in _HOOKED:
-                    vars(part).pop(name, None)
+                registry: Any = vars(part).pop("_diffusers_hook", None)
+                vars(part).pop("forward", None)
+                for reference in registry._fn_refs if registry else ():
+                    vars(reference).clear()
         self._made.clear()
 
     def applied(self, components: Mapping[str, Any]) -> dict[str, Any]:
