@@ -33,7 +33,9 @@ def shapes(kind: str = "") -> ModelRef:
     return ModelRef("demo/shapes", "main", "fp32", str(ROOT / "models" / "shapes"), quantize=kind)
 
 
-def draw(model: ModelRef, prompt: str, seed: int = 0, steps: int = 15, guidance: float = 7.5, **more: object) -> GenerationRequest:
+def draw(
+    model: ModelRef, prompt: str, seed: int = 0, steps: int = 15, guidance: float = 7.5, **more: object
+) -> GenerationRequest:
     inputs = {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": guidance, "width": 64, "height": 64}
     return a_request(
         f"{seed}", model, "StableDiffusionPipeline", "DPMSolverMultistepScheduler", inputs, seed=seed, **more

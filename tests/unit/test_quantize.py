@@ -35,6 +35,8 @@ from api.schema.generation import QUANTIZED_BY, ModelRef
 from api.service.options import check_options
 from api.service.quantize import check_installed, choose_quantize
 from api.settings import Settings, SettingsError
+from scripts.demo_model.checker import check
+from scripts.demo_model.grammar import Scene, Thing, caption
 from tests.adapters import lora, random_halves, save_peft
 from tests.budgeted import Allocator, Apart
 from tests.families import save_family
@@ -87,7 +89,9 @@ def by_libraries(kind: str, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     from torchao.quantization.granularity import PerRow
 
     own = nn.Sequential(layer)
-    quantize_(own, Int8WeightOnlyConfig(granularity=PerRow(), version=2) if kind == "int8" else Float8WeightOnlyConfig())
+    quantize_(
+        own, Int8WeightOnlyConfig(granularity=PerRow(), version=2) if kind == "int8" else Float8WeightOnlyConfig()
+    )
     return own(x)
 
 
@@ -216,6 +220,7 @@ def counted() -> Any:
         it.engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["", *KINDS])
 def test_the_peak_is_what_was_predicted(kind: str, counted: Callable[..., Setup]) -> None:
     """Bytes of weights and of the largest call, against what an allocator counts; the demo model, whose weights count."""
@@ -237,12 +242,11 @@ def test_the_peak_is_what_was_predicted(kind: str, counted: Callable[..., Setup]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_model_takes_over_its_place(
-    kind: str, folders: dict[str, Path], counted: Callable[..., Setup]
-) -> None:
+def test_another_model_takes_over_its_place(kind: str, folders: dict[str, Path], counted: Callable[..., Setup]) -> None:
     loader = counted().engine.cache.loader
     first, second = (
-        next(spec for spec in loader.parts(a_ref(folders[name], kind)) if spec.name == "unet") for name in ("sd", "other")
+        next(spec for spec in loader.parts(a_ref(folders[name], kind)) if spec.name == "unet")
+        for name in ("sd", "other")
     )
     assert (first.architecture, first.key) != (second.architecture, second.key)
     assert first.architecture == second.architecture
@@ -255,6 +259,7 @@ def test_another_model_takes_over_its_place(
     assert any(isinstance(part, QuantizedLinear) for part in fresh.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_offloaded_it_draws_the_same(kind: str, folders: dict[str, Path], counted: Callable[..., Setup]) -> None:
     engine, ref = counted().engine, a_ref(folders["flux"], kind, "flux")
@@ -266,6 +271,7 @@ def test_offloaded_it_draws_the_same(kind: str, folders: dict[str, Path], counte
         assert np.array_equal(done.images, whole.images)
 
 
+@pytest.mark.slow
 def test_beside_each_other(folders: dict[str, Path]) -> None:
     """Each draws what it draws alone, the books count what they share once, and each says what it is."""
     engine = engine_on(Device("cpu"))
@@ -280,7 +286,9 @@ def test_beside_each_other(folders: dict[str, Path]) -> None:
         words = [one.meta["numerics"].partition("eager")[2] for one in alone[::2]]
         assert words == ["", "/int8", "/fp8", "/nf4"]
         assert [one.meta.get("lossy") for one in alone[::2]] == [None, *[["quantize"]] * 3]
-        assert not np.array_equal(alone[0].images, alone[6].images) or not np.array_equal(alone[1].images, alone[7].images)
+        assert not np.array_equal(alone[0].images, alone[6].images) or not np.array_equal(
+            alone[1].images, alone[7].images
+        )
         specs = {spec.key: spec for ref in refs for spec in engine.cache.parts(ref)}
         assert len([spec for spec in specs.values() if spec.name == "vae"]) == 1
         assert engine.cache.memory().device == sum(spec.bytes for spec in specs.values())
@@ -288,6 +296,7 @@ def test_beside_each_other(folders: dict[str, Path]) -> None:
         engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_loras_lie_beside_it(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     import diffusers
@@ -329,6 +338,7 @@ DISTANCES = {"int8": (0.3, 0.01), "fp8": (0.8, 0.02), "nf4": (8.0, 0.05)}
 """Levels of 255 in the mean, and relative error of a call of the denoiser, as docs/quantization.md says them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_far_from_full_precision_as_is_said(kind: str) -> None:
     engine = engine_on(Device("cpu"), DEMO)
@@ -338,13 +348,40 @@ def test_as_far_from_full_precision_as_is_said(kind: str) -> None:
         levels = np.mean([np.abs(a - b).mean() for a, b in zip(images[::2], images[1::2], strict=True)])
         models = {model.ref.quantize: model for model in engine.cache._models.values()}
         torch.manual_seed(0)
-        x, text = torch.randn(2, 4, 32, 32), torch.randn(2, 77, models[""].components["text_encoder"].config.hidden_size)
+        x, text = (
+            torch.randn(2, 4, 32, 32),
+            torch.randn(2, 77, models[""].components["text_encoder"].config.hidden_size),
+        )
         with torch.no_grad():
             exact, own = (models[k].components["unet"](x, 500, text).sample for k in ("", kind))
         error = float((own - exact).norm() / exact.norm())
         print(f"{kind}: {levels:.3f} levels, {error:.5f} of a call")
         assert 0 < levels < DISTANCES[kind][0]
         assert 0 < error < DISTANCES[kind][1]
+    finally:
+        engine.close()
+
+
+SCENES = [
+    Scene("one", (Thing("red", "circle"),), "blue"),
+    Scene("one", (Thing("yellow", "star"),), "black"),
+    Scene("one", (Thing("orange", "circle"),), "black", place="left"),
+    Scene("one", (Thing("green", "square"),), "red", size="large"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_draws_what_the_prompt_says(kind: str) -> None:
+    """The right colour and shape in the right place, of four seeds at least three, as the model as it is does."""
+    engine = engine_on(Device("cpu"), DEMO)
+    try:
+        for scene in SCENES:
+            jobs = [draw(shapes(kind), caption(scene), seed, 20) for seed in range(4)]
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                done = list(pool.map(engine.generate, jobs))
+            assert all(one.meta["quantized"] == ["unet"] for one in done)
+            assert sum(check(one.images[0], scene).right for one in done) >= 3, caption(scene)
     finally:
         engine.close()
 
@@ -395,6 +432,7 @@ def test_a_package_that_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> No
     assert error.value.code == "NOT_SUPPORTED"
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_quantize_imports_neither() -> None:
     code = (
         "import json, sys\n"

@@ -81,8 +81,11 @@ def by_diffusers(folder: Path, family: str, config: Any) -> np.ndarray:
     return np.rint(out.images * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("family", ["flux", "flux2-klein"])
-@pytest.mark.parametrize("cache", [FIRST, SEER], ids=lambda cache: cache.kind)
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [("flux", FIRST), ("flux", SEER), ("flux2-klein", SEER)],
+    ids=["flux", "flux seer", "klein seer"],
+)
 def test_the_same_image_as_diffusers_own(
     family: str, cache: StepCache, folders: dict[str, Path], engine: Engine
 ) -> None:
@@ -91,7 +94,10 @@ def test_the_same_image_as_diffusers_own(
     assert np.array_equal(done.images, by_diffusers(folders[family], family, CONFIGS[cache]))
     plain = engine.generate(a_job(folders, None, family))
     assert np.array_equal(plain.images, by_diffusers(folders[family], family, None))
-    told = {"first_block": {"kind": "first_block", "threshold": 0.2}, "taylorseer": {"kind": "taylorseer", "interval": 3}}
+    told = {
+        "first_block": {"kind": "first_block", "threshold": 0.2},
+        "taylorseer": {"kind": "taylorseer", "interval": 3},
+    }
     assert (done.meta["step_cache"], done.meta["lossy"]) == (told[cache.kind], ["step_cache"])
     assert done.meta["numerics"] == f"{plain.meta['numerics']}/{cache.word}"
     assert not {"lossy", "step_cache"} & set(plain.meta)
@@ -125,6 +131,7 @@ def test_steps_are_skipped(folders: dict[str, Path], engine: Engine, monkeypatch
     assert np.array_equal(again, images[1.0])
 
 
+@pytest.mark.slow
 def test_others_hear_nothing_of_it(folders: dict[str, Path], engine: Engine) -> None:
     asked = [(cache, seed) for seed in (1, 2) for cache in (None, FIRST, None, SEER, StepCache("first_block", 1.0))]
     jobs = [a_job(folders, cache, seed=seed) for cache, seed in asked]
@@ -183,6 +190,9 @@ def test_what_it_cannot_be_had_for(folders: dict[str, Path], engine: Engine) -> 
         assert error.value.code == "NOT_SUPPORTED"
         check_step_cache({}, pipeline)
     check_step_cache({"step_cache": FIRST}, "FluxPipeline")
+    with pytest.raises(ApiError, match="taylorseer does") as error:
+        check_step_cache({"step_cache": FIRST}, "Flux2KleinPipeline")
+    assert error.value.available == ["taylorseer"]
 
 
 @pytest.mark.parametrize(
@@ -234,3 +244,85 @@ def test_the_pipelines_are_those_of_the_installed_version() -> None:
         denoiser: Callable[..., Any] = annotation if isinstance(annotation, type) else getattr(diffusers, annotation)
         assert hasattr(denoiser, "enable_cache"), name
         assert denoiser.__module__ in known, name
+
+
+def image(step: int, *shape: int) -> torch.Tensor:
+    """What changes little from step to step."""
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, step)]
+    return drawn[0] + 0.05 * drawn[1]
+
+
+ONE = torch.ones(1)
+DENOISERS: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]]]] = {
+    "CogView4Pipeline": (
+        lambda: diffusers.CogView4Transformer2DModel(
+            patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2, out_channels=4,
+            text_embed_dim=8, time_embed_dim=8, condition_dim=4, sample_size=8,
+        ),
+        lambda step: {
+            "hidden_states": image(step, 1, 4, 8, 8), "encoder_hidden_states": torch.ones(1, 5, 8), "timestep": 500 * ONE,
+            "original_size": torch.ones(1, 2), "target_size": torch.ones(1, 2), "crop_coords": torch.ones(1, 2),
+        },
+    ),
+    "Flux2KleinPipeline": (
+        lambda: diffusers.Flux2Transformer2DModel(
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=16, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        lambda step: {
+            "hidden_states": image(step, 1, 16, 16), "encoder_hidden_states": torch.ones(1, 5, 16), "timestep": ONE / 2,
+            "img_ids": torch.zeros(16, 4), "txt_ids": torch.zeros(5, 4),
+        },
+    ),
+    "HunyuanImagePipeline": (
+        lambda: diffusers.HunyuanImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+            num_single_layers=2, num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=8, text_embed_2_dim=None,
+            rope_axes_dim=(4, 4), guidance_embeds=False,
+        ),
+        lambda step: {
+            "hidden_states": image(step, 1, 4, 8, 8), "encoder_hidden_states": torch.ones(1, 5, 8), "timestep": 500 * ONE,
+            "encoder_attention_mask": torch.ones(1, 5),
+        },
+    ),
+    "QwenImagePipeline": (
+        lambda: diffusers.QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=3,
+            joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+        ),
+        lambda step: {
+            "hidden_states": image(step, 1, 16, 16), "encoder_hidden_states": torch.ones(1, 5, 16), "timestep": ONE / 2,
+            "encoder_hidden_states_mask": torch.ones(1, 5, dtype=torch.bool), "img_shapes": [[(1, 4, 4)]],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pipeline", DENOISERS)
+@pytest.mark.parametrize("cache", [StepCache("first_block", 0.5), SEER], ids=lambda cache: cache.kind)
+def test_denoisers_of_other_families(pipeline: str, cache: StepCache) -> None:
+    """What the table of pipelines says works does, and skips; what it does not say does not."""
+    torch.manual_seed(0)
+    make, call = DENOISERS[pipeline]
+    denoiser = make().eval()
+    with torch.no_grad(), StepCaching(cache) as stepping:
+        exact = [denoiser(**call(step), return_dict=False)[0] for step in range(5)]
+        if cache.kind not in PIPELINES[pipeline]:
+            with pytest.raises((ApiError, TypeError)):
+                run(stepping, denoiser, call)
+            return
+        found = run(stepping, denoiser, call)
+    assert torch.equal(found[0], exact[0])
+    assert any(not torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
+def run(stepping: StepCaching, denoiser: Any, call: Callable[[int], dict[str, Any]]) -> list[torch.Tensor]:
+    own = stepping.applied({"transformer": denoiser})["transformer"]
+    found = []
+    for step in range(5):
+        for name in ("cond", "uncond"):
+            with own.cache_context(name):
+                out = own(**call(step), return_dict=False)[0]
+        found.append(out)
+    return found
