@@ -23,6 +23,10 @@ INPAINT = {"PIPELINE": "StableDiffusionInpaintPipeline"}
 
 # (what is wrong, modelInputs, callInputs, status, code, field)
 BAD: list[tuple[str, dict[str, Any], dict[str, Any], int, str, str]] = [
+    ("unknown quantization", P, {"QUANTIZE": "int2"}, 400, "INVALID_INPUTS", "callInputs.QUANTIZE"),
+    ("nothing to quantize", P, {"QUANTIZE": "int8"}, 422, "NOT_SUPPORTED", "callInputs.QUANTIZE"),
+    ("unknown step cache", P, {"step_cache": {"kind": "x"}}, 400, "INVALID_INPUTS", "callInputs.step_cache.kind"),
+    ("step cache of a UNet", P, {"step_cache": True}, 422, "NOT_SUPPORTED", "callInputs.step_cache"),
     ("no prompt", {}, {}, 400, "MISSING_INPUT", "modelInputs.prompt"),
     ("null prompt", {"prompt": None}, {}, 400, "MISSING_INPUT", "modelInputs.prompt"),
     ("number as prompt", {"prompt": 7}, {}, 400, "INVALID_INPUTS", "modelInputs.prompt"),
