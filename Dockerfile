@@ -4,12 +4,13 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 # --- dependencies: changes only with the lock file -------------------------------------------------
 FROM ${PYTHON_IMAGE} AS dependencies
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY requirements.lock requirements-runpod.lock /build/
+COPY requirements.lock requirements-nodeps.lock requirements-runpod.lock /build/
 # a private package index and its credentials come as a build secret, and stay in no layer
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     python3 -m venv /opt/venv \
     && /opt/venv/bin/python -m pip install -r /build/requirements.lock -r /build/requirements-runpod.lock \
+    && /opt/venv/bin/python -m pip install --no-deps -r /build/requirements-nodeps.lock \
     && find /opt/venv -name '__pycache__' -prune -exec rm -rf {} +
 
 # --- the model that is baked in: none unless MODEL_ID or a URL is given ----------------------------
