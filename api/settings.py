@@ -349,6 +349,9 @@ class Settings:
         "MAX_CONCURRENCY", "16", _whole(1, 256), "requests that share a device step by step; 1: one after the other"
     )
     max_pixels: int = _variable("MAX_PIXELS", "4194304", _whole(64, 2**30), "pixels of one image, in or out")
+    max_upscaled_pixels: int = _variable(
+        "MAX_UPSCALED_PIXELS", "16777216", _whole(64, 2**30), "pixels of one image that an upscaler makes"
+    )
     max_steps: int = _variable("MAX_STEPS", "500", _whole(1, 100_000), "num_inference_steps of one request")
     max_images: int = _variable("MAX_IMAGES", "16", _whole(1, 1024), "images of one request")
     max_body: int = _variable("MAX_BODY", "64MiB", _bytes, "size of a request body, and of an image fetched from a URL")

@@ -46,6 +46,7 @@ from api.engine.step_cache import StepCaching
 from api.engine.tally import Tally
 from api.engine.tiers import Tiers
 from api.engine.truncation import cut_off
+from api.engine.upscale import Order, Upscaling
 from api.engine.views import view
 from api.errors import ApiError
 from api.schema.attention import LOSSY
@@ -126,6 +127,7 @@ class Engine:
         self.line = Line(self.cache, longest_wait)
         self.attempts = Attempts(self.cache, self.line, device, self._run, limits.strict, self._foresees)
         self.flows = Flows(self.attempts, self.line)
+        self.upscaling = Upscaling(device, executor, self.cache, self.line, self.attempts.company)
         self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
         self.line.on_change = self.stager.poke
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -261,7 +263,7 @@ class Engine:
         Args:
             request: validated.
             on_step: called with (step, total) after every denoising step; steps count from 1.
-            on_phase: called when ``loadModel`` or ``inference`` starts and is done.
+            on_phase: called when ``loadModel``, ``inference`` or ``upscale`` starts and is done.
             cancelled: asked before every module call.
             on_preview: called after ``on_step`` where the request asks for previews; without it none are made.
             deadline: when the result is of no use any more, ``time.monotonic``.
@@ -269,20 +271,27 @@ class Engine:
 
         Raises:
             Cancelled: ``cancelled`` said so.
-            ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY.
+            ApiError: MODEL_BROKEN, INVALID_SCHEDULER, PIPELINE_ERROR, OUT_OF_MEMORY, INVALID_UPSCALER, LIMIT_EXCEEDED.
         """
         for stage in request.stages:
             lossy.check_quantizes(stage, self.cache.parts)
         timings: dict[str, int] = {}
+        order = Order(request.upscale, cancelled, deadline=deadline, overdue=overdue) if request.upscale else None
+        self.upscaling.check(request)
+        if request.extra and order:
+            order.on_piece = on_step
+            images, told, timings = self.upscaling.upsample(request, order, on_phase)
+            return Generated(images, {**told, "versions": self.versions}, timings, None)
         job = Job(request, on_step, on_phase, cancelled, on_preview, deadline, overdue)
         try:
             runs = self.flows.run(job, timings)
         finally:
             self.cache.give_back()
         on_phase("inference", "done")
-        done, meta = runs[-1], told_of(request, [self._meta(*run) for run in zip(request.stages, runs, strict=True)])
+        images, told, more = self.upscaling.finish(request, runs[-1].images, order, on_phase)
+        meta = told_of(request, [self._meta(*run) for run in zip(request.stages, runs, strict=True)])
         extras = {name: extra for run in runs for name, extra in run.extras.items()}
-        return Generated(done.images, meta, timings, done.nsfw, extras)
+        return Generated(images, meta | told, timings | more, runs[-1].nsfw, extras)
 
     def _run(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
         request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview

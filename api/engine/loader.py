@@ -15,7 +15,7 @@ import diffusers
 import torch
 from torch import nn
 
-from api.engine import skeletons
+from api.engine import skeletons, upscalers
 from api.engine.buffers import Spare
 from api.engine.device import Device
 from api.engine.faults import as_broken, naming
@@ -135,6 +135,12 @@ class PartLoader:
             return host
 
     def _read(self, spec: PartSpec) -> HostPart:
+        if spec.library == upscalers.LIBRARY:
+            with as_broken(spec.folder):
+                module = upscalers.load(spec)
+            part = HostPart({}, module_bytes(module), module)
+            self._spare.count(part, part.bytes)
+            return part
         if spec.by_library:
             with as_broken(spec.folder):
                 module = load_module(
@@ -254,7 +260,7 @@ class PartLoader:
 
     # --- a whole model ---
 
-    def assemble(self, ref: ModelRef, modules: Mapping[str, nn.Module]) -> LoadedModel:
+    def assemble(self, ref: ModelRef, modules: Mapping[str, nn.Module]) -> Any:
         """A model from its parts and from what has no weights: tokenizers, scheduler, configuration.
 
         Args:
@@ -265,6 +271,8 @@ class PartLoader:
             ApiError: MODEL_BROKEN.
         """
         folder = Path(ref.folder)
+        if ref.is_upscaler:
+            return upscalers.assemble(ref, modules)
         with spending("build"), naming(ref):
             rest = [part for part in components(folder) if not part.has_weights]
             others = {part.name: modules[part.name] for part in ref.additions}
@@ -325,4 +333,5 @@ def load(ref: ModelRef, device: Device) -> LoadedModel:
     loader = loader_of(device)
     with naming(ref):
         modules = {spec.name: loader.place(spec, loader.read(spec), None) for spec in loader.parts(ref)}
-    return loader.assemble(ref, modules)
+    model: LoadedModel = loader.assemble(ref, modules)
+    return model

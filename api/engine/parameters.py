@@ -13,7 +13,7 @@ def parameters(meta: dict[str, Any], index: int, images: int) -> str:
         index: which image.
         images: how many there are.
     """
-    inputs = meta["modelInputs"]
+    inputs, upscale = meta["modelInputs"], meta.get("upscale", {})
 
     def of_image(value: Any) -> Any:
         """The image's own, where there is one for each prompt or each image."""
@@ -25,17 +25,19 @@ def parameters(meta: dict[str, Any], index: int, images: int) -> str:
     hires, refiner = meta.get("hires") or {}, meta.get("refiner") or {}
     known = {
         "Steps": inputs.get("num_inference_steps"),
-        "Sampler": meta.get("scheduler_alias", meta["SCHEDULER"]),
+        "Sampler": meta.get("scheduler_alias", meta.get("SCHEDULER")),
         "CFG scale": inputs.get("guidance_scale"),
         "Seed": of_image(inputs.get("seed")),
         "Denoising strength": inputs.get("strength", hires.get("strength")),
-        "Model": meta["MODEL_ID"],
-        "Model hash": meta["MODEL_REVISION"],
+        "Model": meta.get("MODEL_ID"),
+        "Model hash": meta.get("MODEL_REVISION"),
         "Hires resize": f"{hires['width']}x{hires['height']}" if hires else None,
         "Hires steps": hires.get("num_inference_steps"),
         "Hires upscaler": hires.get("upscaler"),
         "Refiner": refiner.get("MODEL_ID"),
         "Refiner switch at": refiner.get("switch_at"),
+        "Postprocess upscale by": upscale.get("scale"),
+        "Postprocess upscaler": str(upscale["model"]).rpartition("/")[2] if upscale else None,
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in known.items() if value is not None))
     return "\n".join(lines)

@@ -37,6 +37,7 @@ from api.engine.specs import (
     weights_identity,
 )
 from api.engine.twins import Twins
+from api.engine.upscalers import spec_of
 from api.models.description import is_model
 from api.schema.generation import ModelRef
 
@@ -77,6 +78,8 @@ class Plans:
         Raises:
             ApiError: MODEL_BROKEN.
         """
+        if ref.is_upscaler:
+            return [spec_of(ref, self._device.dtype(ref.precision))]
         folder = Path(ref.folder)
         variant = variant_of(folder, ref.precision)
         dtype = self._device.dtype(ref.precision)

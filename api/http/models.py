@@ -14,7 +14,7 @@ from api.http.native import parse_object
 from api.models.description import InstalledModel
 from api.schema.generation import ModelRef
 from api.schema.messages import Held
-from api.service import memory
+from api.service import memory, upscaling
 from api.service.describe import describe_inputs
 from api.service.fitting import pipelines_of
 from api.service.service import Service
@@ -37,7 +37,9 @@ async def list_models(request: Request) -> HTTPResponse:
     others = await memory.not_listed(service, models)
     transfers = [msgspec.to_builtins(transfer) for transfer in service.fetcher.transfers()]
     entries = [_entry(service, model) for model in (*models, *others)]
-    return json({"models": entries, "transfers": transfers, "memory": _memory(service)})
+    found = await asyncio.to_thread(upscaling.listed, service.library, service.dispatcher.workers)
+    upscalers = [_upscaler(service, each) for each in found]
+    return json({"models": entries, "upscalers": upscalers, "transfers": transfers, "memory": _memory(service)})
 
 
 async def schema(request: Request, model_id: str) -> HTTPResponse:
@@ -94,6 +96,13 @@ def _entry(service: Service, model: InstalledModel | ModelRef) -> dict[str, obje
         **residence,
         **(_on_disk(service, model, residence) if isinstance(model, InstalledModel) else _gone(residence)),
     }
+
+
+def _upscaler(service: Service, found: dict[str, Any]) -> dict[str, object]:
+    files = str(found["path"]), found["sha256"]
+    residence = _residence(memory.held(service.dispatcher.workers, lambda ref: memory.files_of(ref) == files))
+    told = {name: found[name] for name in ("model", "sha256", "source")}
+    return {**told, **residence, "bytes": {"disk": found["disk"], **residence["bytes"]}}
 
 
 def _on_disk(service: Service, model: InstalledModel, residence: dict[str, Any]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""LoRAs and textual inversions: what a request asks for, where the file lies, and what its header says of it."""
+"""LoRAs, textual inversions and upscalers: what a request asks for, where the file lies, what its header says of it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from api.models.names import check_model_id, check_revision
 from api.models.refs import SourceRef
 from api.settings import Settings
 
-LORA, INVERSION = "lora", "inversion"
+LORA, INVERSION, UPSCALER = "lora", "inversion", "upscaler"
 ADAPTER_FILE = "adapter.safetensors"
 """What the one file of an adapter is called on the volume."""
 USUAL_FILE = {LORA: "pytorch_lora_weights.safetensors", INVERSION: "learned_embeds.safetensors"}
 """What diffusers saves under, in repositories where no file is named."""
-FIELDS = {LORA: "callInputs.lora_weights", INVERSION: "callInputs.textual_inversions"}
+FIELDS = {
+    LORA: "callInputs.lora_weights",
+    INVERSION: "callInputs.textual_inversions",
+    UPSCALER: "callInputs.upscale.model",
+}
 
-_KNOWN = {LORA: ("scale",), INVERSION: ("token",)}
+_KNOWN: dict[str, tuple[str, ...]] = {LORA: ("scale",), INVERSION: ("token",), UPSCALER: ()}
 _COMMON = ("fname", "weight_name", "sha256", "revision")
 MOST = 32
 """Adapters of a kind in one request."""
@@ -45,7 +49,7 @@ class Asked(msgspec.Struct, frozen=True):
     """An adapter as a request names it.
 
     Attributes:
-        kind: ``lora`` or ``inversion``.
+        kind: ``lora``, ``inversion`` or ``upscaler``.
         address: a URL, or ``owner/repo[/file]``, without what follows ``#``.
         fname: which file of a repository, or what a URL's file is called.
         revision: of the repository.
@@ -153,7 +157,7 @@ def repository_of(asked: Asked) -> tuple[str, str] | None:
     owner, _, rest = asked.address.partition("/")
     repo, _, path = rest.partition("/")
     check_model_id(f"{owner}/{repo}", field)
-    path = path or asked.fname or USUAL_FILE[asked.kind]
+    path = path or asked.fname or USUAL_FILE.get(asked.kind, "")
     if not is_safe_path(path) or not path.isprintable():
         raise ApiError("INVALID_INPUTS", "The name of the file is not a path.", field=field, requested=asked.address)
     return f"{owner}/{repo}", path

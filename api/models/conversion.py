@@ -122,9 +122,9 @@ def convert_pickles(folder: Path, on_progress: OnProgress, *, allow_pickle: bool
 
 
 def convert_adapter(
-    path: Path, target: Path, name: str, on_progress: OnProgress, *, allow_pickle: bool, field: str
+    path: Path, target: Path, name: str, on_progress: OnProgress, *, allow_pickle: bool, field: str, kind: str
 ) -> bool:
-    """Put a downloaded LoRA or textual inversion in place; a pickle becomes safetensors.
+    """Put a downloaded LoRA, textual inversion or upscaler in place; a pickle becomes safetensors.
 
     Args:
         path: the file, on the same file system; safetensors are moved.
@@ -133,6 +133,7 @@ def convert_adapter(
         on_progress: as in ``convert_checkpoint``.
         allow_pickle: as in ``convert_checkpoint``.
         field: for errors.
+        kind: ``adapter`` or ``upscaler``.
 
     Returns:
         Whether it is the same file.
@@ -148,7 +149,7 @@ def convert_adapter(
         path.replace(target)
         return True
     fresh = target.with_name(target.name + UNFINISHED)
-    _run(["adapter", str(path.resolve()), str(fresh.resolve())], on_progress, field)
+    _run([kind, str(path.resolve()), str(fresh.resolve())], on_progress, field)
     fresh.replace(target)
     return False
 

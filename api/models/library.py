@@ -18,6 +18,7 @@ import msgspec
 
 from api.errors import ApiError
 from api.models import hub
+from api.models.adapters import UPSCALER
 from api.models.description import InstalledModel, describe, is_model
 from api.models.keys import HubFiles, is_commit, is_key, model_key
 from api.models.locations import normalized_model_id
@@ -40,7 +41,7 @@ _LOOKED_AT = 1000
 
 
 class InstalledAdapter(msgspec.Struct, frozen=True):
-    """A LoRA or a textual inversion that is here.
+    """A LoRA, a textual inversion or an upscaler that is here.
 
     Attributes:
         name: what it is called in messages.
@@ -140,6 +141,20 @@ class Library:
                 if each is ref or entry.sha256 == wanted:
                     return InstalledAdapter(ref.model_id, folder / entry.path, entry.sha256 or "", manifest.source)
         return None
+
+    def upscalers(self) -> list[InstalledAdapter]:
+        """Every upscaler on a volume."""
+        entries = [(volume, entry) for volume in self._volumes for entry in volume.list()]
+        return [
+            InstalledAdapter(
+                entry.manifest.model_id,
+                volume.root / entry.key / entry.manifest.files[0].path,
+                entry.manifest.files[0].sha256 or "",
+                entry.manifest.source,
+            )
+            for volume, entry in entries
+            if entry.manifest.adapter == UPSCALER and entry.manifest.files
+        ]
 
     def bundled_adapters(self) -> list[str]:
         """Names of the adapters that come with this server."""

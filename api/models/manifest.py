@@ -62,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True):
         installed: ISO 8601, UTC.
         trusted: the operator named the source, not a request.
         format: of this description.
-        adapter: ``lora`` or ``inversion``, where it is no model.
+        adapter: ``lora``, ``inversion`` or ``upscaler``, where it is no model.
         part: what of a pipeline this is (``parts``); empty: all of it.
     """
 

@@ -31,7 +31,7 @@ class SourceRef(msgspec.Struct, frozen=True):
         config: CHECKPOINT_CONFIG_URL: a family, a model id, or the address of a configuration.
         trusted: the addresses come from the environment, not from a request.
         config_trusted: so does the configuration's.
-        adapter: ``lora`` or ``inversion``: ``checkpoint`` is no model, but one of these.
+        adapter: ``lora``, ``inversion`` or ``upscaler``: ``checkpoint`` is no model, but one of these.
         part: what of a pipeline is meant (``parts``): the path of a folder or a file; empty: all of it.
     """
 

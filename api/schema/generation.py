@@ -52,7 +52,7 @@ class ModelRef(msgspec.Struct, frozen=True):
         model_id: e.g. ``demo/shapes``.
         revision: a fingerprint of the installed files, or a commit.
         precision: ``fp32``, ``fp16`` or ``bf16``: what the weights are computed in.
-        folder: absolute path of the diffusers layout on disk.
+        folder: absolute path of the diffusers layout on disk; of an upscaler, of its one file.
         additions: parts that are no part of it: it is another model with them, which shares its own with it.
         quantize: what its large layers are quantized to, of ``QUANTIZED_BY``: another model, which shares the rest.
     """
@@ -70,6 +70,11 @@ class ModelRef(msgspec.Struct, frozen=True):
         added = (f"+{part.name}={part.folder}/{part.part}@{part.revision}" for part in self.additions)
         quantized = f":{self.quantize}" if self.quantize else ""
         return "".join((f"{self.folder}@{self.revision}:{self.precision}{quantized}", *added))
+
+    @property
+    def is_upscaler(self) -> bool:
+        """Whether it is no pipeline, but one file of weights that makes images larger."""
+        return self.folder.endswith(".safetensors")
 
 
 class IpAdapter(msgspec.Struct, frozen=True):
@@ -190,6 +195,22 @@ class StepCache(msgspec.Struct, frozen=True):
         return f"step_cache:{self.kind}@{self.number:g}"
 
 
+class Upscale(msgspec.Struct, frozen=True):
+    """What makes the images of a request larger.
+
+    Attributes:
+        model: the upscaler.
+        scale: how many times wider and higher they become; None: as the upscaler makes them.
+        tile: pixels of the longest side of what it is given at once.
+        max_pixels: of an image that it makes.
+    """
+
+    model: ModelRef
+    scale: float | None
+    tile: int
+    max_pixels: int
+
+
 class GenerationRequest(msgspec.Struct, frozen=True):
     """The validated description of one generation. Every dialect ends in it.
 
@@ -228,6 +249,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         then: the generations that follow, each with what the one before gives; the last one's images are answered.
         quantize: what the request itself asks to have weights quantized to; empty: nothing, whatever the server does.
         step_cache: how steps are skipped, lossily; None: not at all.
+        upscale: what the finished images are made larger with.
+        extra: empty, or what is done to a picture in place of generating one: ``upsample``, by ``upscale``.
     """
 
     id: str
@@ -262,6 +285,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     then: tuple[GenerationRequest, ...] = ()
     quantize: str = ""
     step_cache: StepCache | None = None
+    upscale: Upscale | None = None
+    extra: str = ""
 
     @property
     def stages(self) -> tuple[GenerationRequest, ...]:

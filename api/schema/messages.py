@@ -196,7 +196,7 @@ class Phase(msgspec.Struct, tag=True):
     """A part of a request began or ended.
 
     Attributes:
-        kind: ``loadModel`` or ``inference``.
+        kind: ``loadModel``, ``inference`` or ``upscale``.
         status: ``start`` or ``done``.
     """
 

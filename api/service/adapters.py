@@ -85,7 +85,7 @@ class Adapters:
         asked = _asked(options)
         if not asked:
             return Chosen()
-        found = await _together([self._held(each, held, on_event) for each in asked])
+        found = await _together([self.get(each, held, on_event) for each in asked])
         made = await asyncio.to_thread(
             lambda: [_checked(each, adapter, model) for each, (adapter, _) in zip(asked, found, strict=True)]
         )
@@ -97,10 +97,10 @@ class Adapters:
         loras = tuple(one for one in made if isinstance(one, Lora))
         return Chosen(loras, tuple(inversions), meta, _summed([timings for _, timings in found]))
 
-    async def _held(
+    async def get(
         self, asked: Asked, held: contextlib.ExitStack, on_event: Callable[[Transfer], None] | None
     ) -> tuple[InstalledAdapter, dict[str, int]]:
-        """One adapter, held as soon as it is here: room for the others is made while it waits for them."""
+        """One adapter or upscaler, held as soon as it is here: room for others is made while it waits for them."""
         adapter, timings = await self._get(asked, on_event)
         held.enter_context(self._fetcher.hold(adapter.path.parent))
         return adapter, timings

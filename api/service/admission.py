@@ -37,6 +37,7 @@ from api.service.options import check_options
 from api.service.pictures import read_picture
 from api.service.quantize import choose_quantize
 from api.service.requests import complete
+from api.service.upscaling import Upscaling, with_upscale
 from api.service.webhooks_delivery import check_receiver
 from api.settings import Settings
 
@@ -75,6 +76,7 @@ class Admission:
         self._has_gpu = has_gpu
         self._adapters = Adapters(settings, library, fetcher)
         self._flows = Flows(settings, library, fetcher, has_gpu)
+        self._upscaling = Upscaling(settings, self._adapters, has_gpu)
 
     def default_refs(self) -> list[SourceRef]:
         """The models to have in memory before the first request.
@@ -116,6 +118,10 @@ class Admission:
         options = check_options(call_inputs)
         if "SEND_URL" in options:
             await check_receiver(options["SEND_URL"], "callInputs.SEND_URL", self._settings)
+        if (extra := self._upscaling.asked(options, model_inputs)) is not None:
+            upscaled = await self._upscaling.admit(request_id, options, model_inputs, extra, on_event)
+            return Admitted(upscaled[0], {**options, "callback_steps": None}, *upscaled[1:])
+        self._upscaling.check(options)
         code = await self._community(options)
         if "preview" in options and on_event is None:
             message = "Previews are events, and this answer has none: send streamEvents as well, or a job for later."
@@ -152,11 +158,14 @@ class Admission:
                 held.enter_context(self._fetcher.hold(fetched.model.folder))
             draft = await check(fetched.model)
             chosen = await self._adapters.choose(options, fetched.model, held, on_event)
+            upscaler = await self._upscaling.ready(options, held, on_event)
             request = complete(request_id, draft, pictures, ref, chosen, self._settings, self._has_gpu)
             request = self._flows.joined(request, draft, model_inputs, refiner, ref, chosen)
+            request = with_upscale(request, upscaler)
         timings = Counter(took)
         timings.update(took_refiner)
         timings.update(chosen.timings)
+        timings.update(upscaler.timings if upscaler else {})
         timings.update(fetched.timings)
         options = {**options, "callback_steps": draft.callback_steps}
         return Admitted(request, options, dict(timings), draft.destinations)
@@ -175,6 +184,10 @@ class Admission:
             raise ApiError("INVALID_INPUTS", message, field="callInputs.streamEvents")
         if "SEND_URL" in options:
             await check_receiver(options["SEND_URL"], "callInputs.SEND_URL", self._settings)
+        if (extra := self._upscaling.asked(options, model_inputs)) is not None:
+            await self._upscaling.check_picture(options, model_inputs, extra)
+            return
+        self._upscaling.check(options)
         ref, code = self.source_ref(options), await self._community(options)
         self._adapters.check(options)
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
@@ -206,6 +219,10 @@ class Admission:
             ApiError: the first thing that is wrong; where nothing is fetched, that the model is not here.
         """
         options = check_options(call_inputs)
+        if self._upscaling.asked(options, model_inputs) is not None:
+            message = "A plan is made of a generation; an upscaler takes its pictures in pieces, and needs none."
+            raise ApiError("NOT_SUPPORTED", message, field="callInputs.use_extra", requested=options["use_extra"])
+        self._upscaling.check(options)
         ref, pictures, code = self.source_ref(options), Pictures(), await self._community(options)
         self._adapters.check(options)
         model = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
@@ -249,6 +266,7 @@ class Admission:
             pictures.update(await self._pictures(draft, model_inputs))
         fill_size(draft, pictures)
         checks.check_size(draft.given, model, self._settings)
+        self._upscaling.check_size(options, draft.given.get("width"), draft.given.get("height"))
         checks.sides(draft.given, pictures, draft.pipeline, self._settings)
         self._flows.check(draft, pictures, model_inputs, refiner)
         return draft

@@ -128,6 +128,7 @@ class Dispatcher:
         folders += [adapter.folder for request in requests for adapter in request.ip_adapters]
         paths = [lora.path for request in requests for lora in request.loras]
         paths += [inversion.path for request in requests for inversion in request.inversions]
+        paths += [request.upscale.model.folder for request in requests if request.upscale]
         return {folder.rpartition("/")[2] for folder in folders} | {path.split("/")[-2] for path in paths}
 
     @property

@@ -51,7 +51,7 @@ def _asked(request: GenerationRequest) -> list[Any]:
     pipeline = request.pipeline, request.method, request.code, request.prompt_syntax
     scheduler = request.scheduler, request.scheduler_args
     adapters = request.loras, request.inversions, request.ip_adapters
-    held = request.attention, request.offload, request.low_vram
+    held = request.attention, request.offload, request.low_vram, request.step_cache, request.upscale, request.extra
     return [request.model.key, pipeline, scheduler, request.inputs, pictures, adapters, held, request.takes]
 
 

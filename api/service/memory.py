@@ -67,7 +67,7 @@ async def not_listed(service: Service, listed: list[InstalledModel]) -> list[Mod
     """
     known = {(str(model.folder), model.revision) for model in listed}
     loaded = {files_of(model.ref): model.ref for model in held(service.dispatcher.workers, lambda ref: True)}
-    others = [ref for files, ref in loaded.items() if files not in known]
+    others = [ref for files, ref in loaded.items() if files not in known and not ref.is_upscaler]
     library = service.library
     return await asyncio.to_thread(lambda: [library.recognize(Path(ref.folder), ref.revision) or ref for ref in others])
 

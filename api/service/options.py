@@ -14,6 +14,8 @@ from api.errors import ApiError
 from api.models.adapters import FORMS, INVERSION, LORA, MOST, Asked, read_asked
 from api.models.refs import PRECISIONS
 from api.schema.attention import ATTENTIONS
+from api.models.upscalers import SCHEMA as UPSCALE_SCHEMA
+from api.models.upscalers import AskedUpscale, read_upscale
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS, OUTPUTS, QUANTIZED_BY
 from api.schema.prompts import SYNTAXES
@@ -159,6 +161,10 @@ def _adapters(kind: str) -> Callable[[Any, str, str], Any]:
 def _adapters_schema(kind: str) -> dict[str, Any]:
     one = {"anyOf": [_URL, {"type": "object", "properties": FORMS[kind], "required": ["url"], **_CLOSED}]}
     return {"anyOf": [*one["anyOf"], {"type": "array", "items": one, "maxItems": MOST}]}
+
+
+def _upscale(value: Any, field: str, meaning: str) -> AskedUpscale:
+    return read_upscale(value, field)
 
 
 def _urls(value: Any, field: str, meaning: str) -> tuple[str, ...]:
@@ -311,11 +317,21 @@ OPTIONS: dict[str, Option] = {
         kind="string", meaning="what these are signed with", default=_SERVERS, example="a long random text",
         check=_secret, schema={"type": "string", "maxLength": _LONGEST},
     ),
+    "upscale": Option(
+        kind="object",
+        meaning="make the finished images larger with an upscaler such as Real-ESRGAN: `model`, `scale`, `tile`; see "
+        "[upscaling.md](upscaling.md)",
+        default="none", example={"model": "owner/repository/RealESRGAN_x4plus.safetensors", "scale": 4}, check=_upscale,
+        schema=UPSCALE_SCHEMA,
+    ),
+    "use_extra": text(
+        "`upsample`: no pipeline is run, but `modelInputs.image` made larger by the upscaler that `MODEL_ID` or "
+        "`upscale` names; see [upscaling.md](upscaling.md)", "none", "upsample",
+    ),
 }  # fmt: skip
 KNOWN = tuple(OPTIONS)
 
 LATER = {
-    "use_extra": "there are no extras yet",
     "FILL_MODE": "prepare the picture before sending it",
     "train": "training is not offered yet",
 }

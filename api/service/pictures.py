@@ -50,7 +50,7 @@ def decode(data: bytes, field: str, mode: str, max_pixels: int) -> Picture:
     claims a huge picture costs nothing.
 
     Args:
-        mode: ``RGB`` or ``L``.
+        mode: ``RGB`` or ``L``; ``RGBA``: as it is, RGB where it has no transparency.
 
     Raises:
         ApiError: INVALID_IMAGE, IMAGE_TOO_LARGE.
@@ -73,7 +73,7 @@ def decode(data: bytes, field: str, mode: str, max_pixels: int) -> Picture:
         raise
     except Exception as fault:  # decoders raise whatever they like on damaged files
         raise ApiError("INVALID_IMAGE", f"The image cannot be decoded: {fault}.", field=field) from fault
-    return Picture(mode, image.width, image.height, image.tobytes(), hashlib.sha256(data).hexdigest())
+    return Picture(image.mode, image.width, image.height, image.tobytes(), hashlib.sha256(data).hexdigest())
 
 
 def _check_size(image: Image, field: str, max_pixels: int) -> None:
@@ -89,16 +89,18 @@ def _check_size(image: Image, field: str, max_pixels: int) -> None:
 
 
 def _flatten(image: Image, mode: str) -> Image:
-    """RGB or L without transparency: what is transparent becomes white, as browsers show it."""
+    """RGB or L without transparency: what is transparent becomes white, as browsers show it; or with it, as RGBA."""
     from PIL import Image as images
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = images.fromarray(_eight_bits(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
+        if mode == "RGBA":
+            return image
         white = images.new("RGBA", image.size, "white")
         image = images.alpha_composite(white, image)
-    return image.convert(mode)
+    return image.convert("RGB" if mode == "RGBA" else mode)
 
 
 def _eight_bits(image: Image) -> np.ndarray:

@@ -31,7 +31,7 @@ _FLUSH = 3.0
 """Seconds that the last spans get at the end."""
 _REMEMBERED = 10_000
 """Jobs whose spans are known, for what comes later."""
-_NAMES = {"loadModel": "load", "inference": "inference"}
+_NAMES = {"loadModel": "load", "inference": "inference", "upscale": "upscale"}
 _CURRENT: ContextVar[Any] = ContextVar("span", default=None)
 """The span that the next ones belong to."""
 

@@ -25,7 +25,7 @@ PICTURE = as_base64(np.full((64, 64, 3), 90, np.uint8))
         ({}, {"SCHEDULER": "PNDM"}, 404, "NO_SUCH_SCHEDULER"),
         ({}, {"PIPELINE": "lpw_stable_diffusion"}, 403, "REMOTE_CODE_NOT_ALLOWED"),
         ({}, {"custom_pipeline_method": "text2img"}, 400, "INVALID_INPUTS"),
-        ({}, {"use_extra": "upsample"}, 422, "NOT_SUPPORTED"),
+        ({}, {"use_extra": "upscale"}, 404, "NO_SUCH_EXTRA"),
         ({}, {"train": "dreambooth"}, 422, "NOT_SUPPORTED"),
         ({}, {"FILL_MODE": "patchmatch"}, 422, "NOT_SUPPORTED"),
         ({"image": "http://127.0.0.1:9/x.png"}, {"is_url": True}, 400, "URL_NOT_ALLOWED"),

@@ -1,6 +1,7 @@
 """``python -m api.engine.convert checkpoint FILE FOLDER CONFIG | pickles FOLDER | adapter FILE FILE``: one conversion.
 
-Says how far it is in JSON, one line each, on what was its standard output.
+``upscaler`` in the place of ``adapter`` for one of these. Says how far it is in JSON, one line each, on what was its
+standard output.
 """
 
 from __future__ import annotations
@@ -99,10 +100,10 @@ def main(arguments: list[str]) -> int:
                 from api.engine.convert import checkpoint
 
                 checkpoint.convert(Path(arguments[1]), folder, arguments[3], report)
-            elif arguments[0] == "adapter":
+            elif arguments[0] in ("adapter", "upscaler"):
                 from api.engine.convert import adapter
 
-                adapter.convert(Path(arguments[1]), folder, report)
+                adapter.convert(Path(arguments[1]), folder, report, arguments[0])
             else:
                 from api.engine.convert import pickles
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ class _Ignored:
 
 
 def read_tensors(
-    path: Path, name: str, field: str | None = None, inner: Mapping[str, str] | None = None
+    path: Path,
+    name: str,
+    field: str | None = None,
+    inner: Mapping[str, str] | None = None,
+    nested: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors or torch file, mapped from disk rather than read where that is possible.
 
@@ -40,6 +44,7 @@ def read_tensors(
         name: for messages.
         field: for errors.
         inner: dictionaries in a pickle whose first tensor is taken, and what it is called then.
+        nested: names that a pickle may have the weights under; the first that it has.
 
     Raises:
         ApiError: MODEL_BROKEN.
@@ -55,7 +60,7 @@ def read_tensors(
         except SafetensorError as fault:
             raise ApiError("MODEL_BROKEN", f"{name} cannot be read: {fault}.", field=field) from fault
     else:
-        tensors = _flat(_unpickle(path, name, field), inner or {})
+        tensors = _flat(_within(_unpickle(path, name, field), nested), inner or {})
         for key, tensor in tensors.items():
             # an expanded view would become many times its file, on the disk and in memory
             size = tensor.numel() * tensor.element_size()
@@ -92,6 +97,11 @@ def _refusal(name: str, fault: str) -> str:
         f"{name} is a pickle that holds more than weights, and was refused: nothing is ever unpickled freely. "
         f"Use a .safetensors file of this model. ({what[:200]})"
     )
+
+
+def _within(loaded: Any, names: Sequence[str]) -> Any:
+    found = [loaded[name] for name in names if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)]
+    return found[0] if found else loaded
 
 
 def _flat(loaded: Any, inner_names: Mapping[str, str]) -> dict[str, torch.Tensor]:

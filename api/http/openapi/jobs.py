@@ -34,7 +34,7 @@ _NUMBER = path("n", text(pattern="^[0-9]{1,18}$"), "the number of the image, fro
 _EVENT = obj(
     {
         "seq": whole("its number among the events of the job", 1),
-        "type": words("state", "download", "extract", "convert", "upload", "loadModel", "inference"),
+        "type": words("state", "download", "extract", "convert", "upload", "loadModel", "inference", "upscale"),
         "state": STATE,
         "status": words("start", "progress", "preview", "done"),
         "time": whole("milliseconds since 1970"),

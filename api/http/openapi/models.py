@@ -60,6 +60,15 @@ _MODEL = obj(
         "default": flag("what holds where a request names none"),
     }
 )
+_UPSCALER = obj(
+    {
+        "model": text("as `upscale.model` takes it"),
+        "sha256": text(),
+        "source": maybe(text("where it came from")),
+        **_RESIDENCE,
+        "bytes": obj({"disk": whole(), "host": whole(), "device": whole()}),
+    }
+)
 _HELD = obj({**_RESIDENCE, "bytes": obj({"host": whole(), "device": whole()}), "memory": _MEMORY})
 _ROOM = [{"worker": "cpu", "device": {"bytes": 0, "limit": 2**33, "peak": 0}, "host": {"bytes": 0, "limit": 2**33}}]
 _HELD_EXAMPLE = {
@@ -81,8 +90,10 @@ _MODEL_EXAMPLE = {
 def operations(_: Settings) -> Operations:
     """All of them."""
     named = _named()
-    listing = obj({"models": array(_MODEL), "transfers": array(ref("Transfer")), "memory": _MEMORY})
-    listed = {"models": [_MODEL_EXAMPLE], "transfers": [], "memory": _ROOM}
+    listing = obj(
+        {"models": array(_MODEL), "upscalers": array(_UPSCALER), "transfers": array(ref("Transfer")), "memory": _MEMORY}
+    )
+    listed = {"models": [_MODEL_EXAMPLE], "upscalers": [], "transfers": [], "memory": _ROOM}
     return {
         "GET /models": Operation(
             id="listModels",

@@ -35,7 +35,7 @@ META = obj(
 TIMINGS: Schema = {
     "type": "object",
     "additionalProperties": {"type": "integer", "minimum": 0},
-    "description": "Milliseconds by phase: download, extract, convert, init, loadModel, inference, encode, upload.",
+    "description": "Milliseconds: download, extract, convert, init, loadModel, inference, upscale, encode, upload.",
 }
 IMAGES: dict[str, Schema] = {
     "image_base64": {**_PICTURE, "description": "the image, where there is one"},
@@ -117,7 +117,7 @@ TRANSFER = obj(
 
 EVENT = obj(
     {
-        "type": words("download", "extract", "convert", "upload", "loadModel", "inference"),
+        "type": words("download", "extract", "convert", "upload", "loadModel", "inference", "upscale"),
         "status": words("start", "progress", "preview", "done"),
         "container_id": {"type": ["string", "null"]},
         "time": whole("milliseconds since 1970"),

@@ -1,4 +1,4 @@
-"""An adapter as a source: one file, downloaded, and made safetensors where it is a pickle."""
+"""An adapter or an upscaler as a source: one file, downloaded, and made safetensors where it is a pickle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from api.errors import ApiError
-from api.models.adapters import ADAPTER_FILE, FIELDS
+from api.models.adapters import ADAPTER_FILE, FIELDS, UPSCALER
 from api.models.conversion import convert_adapter
 from api.models.keys import LocatedFiles, model_key
 from api.models.manifest import FileEntry, OnProgress, sha256_of
@@ -23,7 +23,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class AdapterSource(Source):
-    """A LoRA or a textual inversion at a URL, in S3 or on the hub.
+    """A LoRA, a textual inversion or an upscaler at a URL, in S3 or on the hub.
 
     Args:
         ref: names it.
@@ -43,8 +43,9 @@ class AdapterSource(Source):
         self._remote = found = remote.find(ref.checkpoint, settings, ref.trusted)
         self._sha256 = ref.checkpoint.sha256
         self.is_known = found.is_known
-        # the same file may be a checkpoint, which lies elsewhere
-        self.key = model_key(LocatedFiles(found.location, found.version, config_version="adapter"))
+        self._kind = UPSCALER if ref.adapter == UPSCALER else "adapter"
+        # the same file may be a checkpoint, which lies elsewhere; and of one pickle they are made in two ways
+        self.key = model_key(LocatedFiles(found.location, found.version, config_version=self._kind))
         self.origin, self.revision = str(found.location), found.version
         self.size = found.size
         self.bytes = found.size or 0
@@ -64,6 +65,7 @@ class AdapterSource(Source):
             on_progress,
             allow_pickle=self._allow_pickle,
             field=self._field,
+            kind=self._kind,
         )
         shutil.rmtree(download)
         sha256 = got.sha256 if is_same else sha256_of(target)
