@@ -180,8 +180,9 @@ class Engine:
         elif not evict:
             self._load_if_room(ref, cancelled)
         else:
-            # what is pinned to the device is there as it is
-            ways = self.attempts.ways_of(ref, list(WEIGHTS)) if not (pin or self.device.shares_host) else ["full"]
+            # what is pinned to the device is there as it is, and upscalers are never offloaded
+            as_it_is = pin or self.device.shares_host or ref.is_upscaler
+            ways = ["full"] if as_it_is else self.attempts.ways_of(ref, list(WEIGHTS))
             while not self._load_as(held_as(ref, ways[0]), pin, cancelled, last=len(ways) == 1):
                 ways = ways[1:]
             self.cache.give_back()

@@ -23,6 +23,7 @@ from api.engine.device import Device, shortage
 from api.engine.executor import Executor
 from api.engine.line import Line
 from api.engine.moving import Reservation
+from api.engine.peaks import About
 from api.engine.tiling import Span, spread, tiled
 from api.engine.upscalers import FIELD, Kind, Upscaler, kind_of
 from api.errors import ApiError
@@ -229,7 +230,8 @@ class Upscaling:
         seen = min(channels, _OPACITY) if kind.channels > 1 else channels
         planes = seen if kind.channels == 1 else 1
         pieces = len(rows.starts) * len(columns.starts)
-        ticket, made = Ticket(order.cancelled), 0
+        about = About((upscaler.ref.key, str(upscaler.dtype)), "full", rows.size * columns.size)
+        ticket, made = Ticket(order.cancelled, about), 0
 
         def make(piece: torch.Tensor) -> torch.Tensor:
             nonlocal made

@@ -164,7 +164,7 @@ def _with_format(call_inputs: dict[str, Any], wanted: str) -> dict[str, Any]:
 def _bytes_response(result: GenerationResult, content_type: str) -> HTTPResponse:
     meta = json.dumps(result.meta)
     if len(meta) > _HEADER_LIMIT:
-        short = {**result.meta, "modelInputs": {"seed": result.meta["modelInputs"]["seed"]}, "shortened": True}
+        short = {**result.meta, "modelInputs": {"seed": result.meta["modelInputs"].get("seed")}, "shortened": True}
         meta = json.dumps(short)
     headers = {"X-Meta": meta, "X-Timings": json.dumps(result.timings), "X-Mem-Usage": str(result.mem_usage)}
     return HTTPResponse(result.images[0], headers=headers, content_type=content_type)

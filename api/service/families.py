@@ -61,7 +61,9 @@ _ALL = (
     _counter("jobs_ended", ("kind", "state"), "Jobs that are over, by how they ended."),
     _histogram("queue_seconds", ("kind",), "From when a job was accepted until a worker began with it."),
     _histogram("job_seconds", ("kind",), "From when a job stood in line for a worker until it was over."),
-    _histogram("phase_seconds", ("phase",), "Of jobs that ended well: `loadModel`, `inference`, `encode`, `upload`."),
+    _histogram(
+        "phase_seconds", ("phase",), "Of jobs that ended well: `loadModel`, `inference`, `upscale`, `encode`, `upload`."
+    ),
     _counter("images", (), "Images that were made."),
     # steps and calls
     _histogram(

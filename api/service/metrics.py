@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from api.service.service import Service
 
 KINDS = ("connection", "later")
-PHASES = ("loadModel", "inference", "encode", "upload")
+PHASES = ("loadModel", "inference", "upscale", "encode", "upload")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "other"
 _PATIENCE = 1.0

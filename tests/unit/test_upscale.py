@@ -235,6 +235,26 @@ def test_after_a_generation_and_beside_others(files: dict[str, Path], tmp_path: 
         engine.close()
 
 
+def test_on_a_device_with_memory_of_its_own_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU as far as a CPU goes: weights are copied from the host's memory, and cast where they can be."""
+    paths = [upscalers.save(upscalers.compact(n), tmp_path / f"{n}.safetensors") for n in range(2)]
+    device = Device("cpu")
+    device.shares_host = False
+    monkeypatch.setattr(device, "dtype", {"fp32": torch.float32, "fp16": torch.float16}.__getitem__)
+    one = kind_of(paths[0]).floats * 2
+    engine = Engine(device, Budgets(device=one, host=4 * one, shared=False))
+    try:
+        picture = a_picture(90, 100)
+        for path in (*paths, paths[0]):
+            made, said = engine.upscaling.run(picture[None], Order(upscale_by(path, tile=80, precision="fp16")))
+            assert said["upscaler"]["dtype"] == "float16"
+            assert 0 < apart(made[0], plainly(path, picture)) <= 3
+        held = {each.ref.folder: (each.device, each.host) for each in engine.cache.held().values()}
+        assert held == {str(paths[0]): (one, one), str(paths[1]): (0, one)}
+    finally:
+        engine.close()
+
+
 def test_it_is_cancelled_between_two_pieces(engine: Engine, files: dict[str, Path]) -> None:
     stop, pieces = threading.Event(), list[int]()
 
