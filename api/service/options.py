@@ -13,9 +13,9 @@ import msgspec
 from api.errors import ApiError
 from api.models.adapters import FORMS, INVERSION, LORA, MOST, Asked, read_asked
 from api.models.refs import PRECISIONS
-from api.schema.attention import ATTENTIONS
 from api.models.upscalers import SCHEMA as UPSCALE_SCHEMA
 from api.models.upscalers import AskedUpscale, read_upscale
+from api.schema.attention import ATTENTIONS
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS, OUTPUTS, QUANTIZED_BY
 from api.schema.prompts import SYNTAXES
