@@ -354,6 +354,7 @@ class Settings:
     )
     max_steps: int = _variable("MAX_STEPS", "500", _whole(1, 100_000), "num_inference_steps of one request")
     max_images: int = _variable("MAX_IMAGES", "16", _whole(1, 1024), "images of one request")
+    max_frames: int = _variable("MAX_FRAMES", "257", _whole(1, 100_000), "frames of all videos of one request together")
     max_body: int = _variable("MAX_BODY", "64MiB", _bytes, "size of a request body, and of an image fetched from a URL")
     request_timeout: float = _variable(
         "REQUEST_TIMEOUT",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from api.schema.generation import Picture, Pictures
 AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """What pipelines call as ``callback_on_step_end``."""
 
+_POSTPROCESSED = re.compile(r"postprocess(_video)?\(")
 _LATENTS_AS_TENSORS = frozenset({"PRXPixelPipeline"})
 """Pipelines that give what they were at, and no image, where a tensor is asked for."""
 
@@ -96,12 +98,21 @@ def output_type(cls: Any, arguments: dict[str, Any]) -> str:
 @functools.cache
 def _gives_tensors(cls: Any) -> bool:
     own = next(base for base in cls.__mro__ if "__call__" in vars(base))
-    return own.__name__ not in _LATENTS_AS_TENSORS and "postprocess(" in inspect.getsource(own)
+    return own.__name__ not in _LATENTS_AS_TENSORS and _POSTPROCESSED.search(inspect.getsource(own)) is not None
 
 
 def images_of(out: Any) -> Any:
-    """The images in what a pipeline gives; a few call them ``image``."""
+    """The images, or frames, in what a pipeline gives; a few call them ``image``."""
+    if hasattr(out, "frames"):
+        return out.frames
     return out.images if hasattr(out, "images") else out.image
+
+
+def shape_of(images: np.ndarray) -> dict[str, Any]:
+    """What ``$meta`` says of videos (N, F, H, W, 3): pipelines round what they are asked for. Of images nothing."""
+    if images.ndim != 5:
+        return {}
+    return {"frames": images.shape[1], "size": [images.shape[3], images.shape[2]]}
 
 
 def to_pil(pictures: Pictures) -> dict[str, Any]:
@@ -117,12 +128,15 @@ def to_pil(pictures: Pictures) -> dict[str, Any]:
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """What a pipeline gave to uint8 (N, H, W, 3), or (N, H, W, 4) where it gave an opacity.
+    """What a pipeline gave to uint8 (N, H, W, 3), or (N, H, W, 4) where it gave an opacity; videos to (N, F, H, W, 3).
 
     Args:
         images: floats in [0, 1] as a tensor (N, C, H, W) or an array (N, H, W, C), or pictures; or a list of these for
-            each image, as pipelines that make layers give them.
+            each image, as pipelines that make layers give them. Of videos tensors (N, F, C, H, W), arrays
+            (N, F, H, W, C), or lists of frames.
     """
+    if getattr(images, "ndim", 0) == 5:
+        return np.stack([to_uint8(video) for video in images])  # floats of one video at a time
     if isinstance(images, list) and not isinstance(images[0], PIL.Image.Image):
         return np.concatenate([to_uint8(each) for each in images])
     if isinstance(images, list):

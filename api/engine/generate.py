@@ -20,7 +20,7 @@ from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran, is_short
 from api.engine.attention import components_with
 from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
-from api.engine.calling import call, images_of, to_uint8
+from api.engine.calling import call, images_of, shape_of, to_uint8
 from api.engine.calls import Cancelled, Ticket
 from api.engine.controlnets import picture_arguments
 from api.engine.device import Device
@@ -62,7 +62,7 @@ class Generated:
     """What a generation gave, not encoded yet.
 
     Attributes:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, H, W, 3); videos: (N, F, H, W, 3).
         meta: what is to be known of it beyond the request.
         timings: milliseconds by phase.
         nsfw: per image, where a safety checker ran.
@@ -352,7 +352,7 @@ class Engine:
         if warnings := cut_off(pipe, request.inputs, request.prompt_syntax):
             told = {**told, "warnings": warnings}
         words = self._words(used, parts)
-        own = extras.encoded(pipe)
+        told, own = told | shape_of(images), extras.encoded(pipe)
         return Ran(images, nsfw, model.dtype, used, placement, told, own, latents, states(generator), words)
 
     def _words(self, attention: str, parts: dict[str, Any]) -> tuple[str, ...]:

@@ -44,12 +44,18 @@ ROWS = frozenset(PRIMARY) | {
     "block_controlnet_hidden_states",
     "controlnet_block_samples",
     "controlnet_single_block_samples",
+    "encoder_hidden_states_image",
+    "added_time_ids",
 }
 """Tensors, or lists of tensors, with a row for each sample."""
 STEPS = frozenset({"timestep"})
 """One number for all rows, or one for each."""
-SAME = frozenset({"img_ids", "txt_ids", "position_ids", "image_rotary_emb"})
-"""Tensors without rows: equal in value, or the calls are not merged."""
+SAME = frozenset({"img_ids", "txt_ids", "position_ids", "image_rotary_emb", "ofs"})
+"""Tensors without rows, or tuples of them: equal in value, or the calls are not merged."""
+SAME_NUMBERS = frozenset({"rope_interpolation_scale"})
+"""Tuples of numbers that hold for all rows, such as the scales of LTX's three axes: equal, or not merged."""
+MIXES = frozenset({"AutoencoderKLTemporalDecoder"})
+"""Classes whose rows are frames of one video, which look at each other: their calls run alone, and whole."""
 ROW_LISTS = frozenset({"img_shapes"})
 """Plain lists with an item for each row. The modules read the first and take the others for equal (Qwen's rotary
 embedding warns of it and goes on): calls are merged only where all items of all of them are."""
@@ -96,7 +102,7 @@ def analyse(
         args: positional arguments.
         kwargs: keyword arguments.
     """
-    if getattr(function, "runs_alone", False):
+    if getattr(function, "runs_alone", False) or owner in MIXES:
         return None
     arguments = _bind(function, owner, args, kwargs)
     if arguments is None:
@@ -234,7 +240,10 @@ def _look(path: str, name: str, value: Any, rows: int, kinds: dict[str, str]) ->
         )
     if isinstance(value, list | tuple):
         # a list of plain values may be one for each row: only what is known to have rows is looked into
-        if not (name in ROWS and all(isinstance(item, torch.Tensor) for item in value)):
+        if name in SAME_NUMBERS and (numbers := _frozen(value)) is not None:
+            kinds[path] = "plain"
+            return (path, "plain", numbers)
+        if not ((name in ROWS or name in SAME) and all(isinstance(item, torch.Tensor) for item in value)):
             return None
         return _look_inside(path, [(str(i), name, item) for i, item in enumerate(value)], rows, kinds, type(value))
     return None

@@ -247,20 +247,24 @@ def size_of(request: GenerationRequest) -> tuple[int, ...]:
 
 def about(build: Build, request: GenerationRequest, placement: str) -> About:
     """What the memory of a request's calls depends on."""
+    pixels = math.prod(size_of(request) or (0,)) * _frames(request)
     # kernels of attention differ most of all in what they need
-    return About(
-        (build, request.attention), codec_of(placement), math.prod(size_of(request) or (0,)), bool(request.pictures)
-    )
+    return About((build, request.attention), codec_of(placement), pixels, bool(request.pictures))
 
 
 def _kind(build: Build, request: GenerationRequest) -> Hashable:
     """Requests of one kind need the same memory for each of their images."""
-    return build, request.attention, size_of(request), request.images > 1
+    return build, request.attention, size_of(request), _frames(request), request.images > 1
+
+
+def _frames(request: GenerationRequest) -> int:
+    """How many images are computed as one."""
+    return max(1, request.video.frames) if request.video else 1
 
 
 def _asked(build: Build, request: GenerationRequest) -> Hashable:
     asked = request.images, request.pipeline, request.low_vram, request.offload
-    return build, request.attention, size_of(request), *asked
+    return build, request.attention, size_of(request), _frames(request), *asked
 
 
 def _remember(known: dict[Any, Any], key: Hashable, value: Any) -> None:

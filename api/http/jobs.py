@@ -15,7 +15,7 @@ from api.errors import ApiError
 from api.http.accept import accept, brief, check_id
 from api.http.keys import owner_of
 from api.http.native import parse_object, wanted_type
-from api.schema.images import IMAGE_FORMATS
+from api.schema.videos import FILE_FORMATS
 from api.service.bodies import halves, images_body, result_body
 from api.service.entries import Entry
 from api.service.intake import PRIORITIES
@@ -28,7 +28,7 @@ _KEEP_ALIVE = 15.0
 """Seconds without an event after which a comment is sent, so that proxies do not take the connection for dead."""
 _READERS = ("text/event-stream", "application/x-ndjson", "application/json")
 _NAMES = {number: name for name, number in PRIORITIES.items()}
-_TYPES = {found.extension: found.content_type for found in IMAGE_FORMATS.values()}
+_TYPES = {found.extension: found.content_type for found in FILE_FORMATS.values()}
 _MOST_LISTED = 1000
 
 

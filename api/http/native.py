@@ -18,14 +18,17 @@ from api.http.errors import error_body, to_api_error
 from api.http.keys import owner_of
 from api.schema.generation import GenerationResult
 from api.schema.images import IMAGE_FORMATS, format_name
+from api.schema.videos import VIDEO_FORMATS
 from api.service.admission import Admitted
 from api.service.bodies import halves, result_body
 from api.service.native_events import NativeEvents, tee
 from api.service.service import Service
 from api.service.webhooks_hook import Hook, telling
 
-IMAGE_TYPES = {found.content_type: name for name, found in IMAGE_FORMATS.items()}
-OFFERS = ("application/json", *IMAGE_TYPES, "application/x-ndjson")
+IMAGE_TYPES = {found.content_type: name for name, found in {**VIDEO_FORMATS, **IMAGE_FORMATS}.items()}
+"""Media types of images, and of videos, to the names of their formats; WEBP is both."""
+_OF_IMAGES = [found.content_type for found in IMAGE_FORMATS.values()]  # first: `image/*` is no wish for a GIF
+OFFERS = ("application/json", *dict.fromkeys([*_OF_IMAGES, *IMAGE_TYPES]), "application/x-ndjson")
 _HEADER_LIMIT = 4096
 """Bytes of ``$meta`` that fit in a response header; many clients take no more than 8 KiB in all."""
 
@@ -153,12 +156,14 @@ def _q_value(parameters: list[str]) -> float:
 
 
 def _with_format(call_inputs: dict[str, Any], wanted: str) -> dict[str, Any]:
-    """The image format that ``Accept`` asks for; an ``image_format`` that says otherwise is a mistake."""
-    named = call_inputs.get("image_format")
+    """The format that ``Accept`` asks for; an ``image_format`` or ``video_format`` that says otherwise is a mistake."""
+    of_video = IMAGE_TYPES[wanted] not in IMAGE_FORMATS or call_inputs.get("video_format")
+    option = "video_format" if of_video else "image_format"
+    named = call_inputs.get(option)
     if named and (not isinstance(named, str) or format_name(named) != IMAGE_TYPES[wanted]):
-        message = f"The Accept header asks for {wanted}; leave image_format out, or let it say the same."
-        raise ApiError("INVALID_INPUTS", message, field="callInputs.image_format", requested=named)
-    return {**call_inputs, "image_format": IMAGE_TYPES[wanted]}
+        message = f"The Accept header asks for {wanted}; leave {option} out, or let it say the same."
+        raise ApiError("INVALID_INPUTS", message, field=f"callInputs.{option}", requested=named)
+    return {**call_inputs, option: IMAGE_TYPES[wanted]}
 
 
 def _bytes_response(result: GenerationResult, content_type: str) -> HTTPResponse:

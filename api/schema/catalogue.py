@@ -71,6 +71,28 @@ class WithControlNet(msgspec.Struct, frozen=True):
     image: str
 
 
+class MakesVideo(msgspec.Struct, frozen=True):
+    """A pipeline that makes videos.
+
+    Attributes:
+        fps: frames a second of what it makes, where a request says nothing.
+        frames: its argument for how many frames.
+        rate: its argument for the frames a second, where it has one.
+        multiple: sides are divisible by this, whatever the model's latents say.
+        size: width and height that the class itself makes, where no argument has a default.
+        same: the class that runs the same weights with a picture, or without one.
+        makes: ``video``.
+    """
+
+    fps: float
+    frames: str
+    rate: str | None
+    multiple: int
+    size: tuple[int, int] | None
+    same: str | None
+    makes: str
+
+
 class Catalogue(msgspec.Struct, frozen=True):
     """The generated catalogue.
 
@@ -82,6 +104,7 @@ class Catalogue(msgspec.Struct, frozen=True):
         refused: class of each pipeline that cannot be run, to a sentence that says why.
         controlnets: class of each pipeline that takes ControlNets which a request names, to what it is.
         ip_adapters: class of each pipeline that takes IP-Adapters.
+        videos: class of each pipeline that makes videos, to what is to be known of those.
     """
 
     diffusers: str
@@ -91,6 +114,7 @@ class Catalogue(msgspec.Struct, frozen=True):
     refused: dict[str, str]
     controlnets: dict[str, WithControlNet]
     ip_adapters: list[str]
+    videos: dict[str, MakesVideo]
 
     @property
     def pipeline_names(self) -> list[str]:

@@ -211,6 +211,18 @@ class Upscale(msgspec.Struct, frozen=True):
     max_pixels: int
 
 
+class Video(msgspec.Struct, frozen=True):
+    """What is to be known of a video that is asked for.
+
+    Attributes:
+        fps: frames a second.
+        frames: how many were asked for; pipelines round that to what their autoencoders can make. 0: not known.
+    """
+
+    fps: float
+    frames: int
+
+
 class GenerationRequest(msgspec.Struct, frozen=True):
     """The validated description of one generation. Every dialect ends in it.
 
@@ -224,7 +236,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         pictures: image arguments by name.
         seed: one seed for all images, or one per image.
         images: how many images the request makes.
-        image_format: one of ``IMAGE_FORMATS``.
+        image_format: one of ``IMAGE_FORMATS``; of a video, one of ``VIDEO_FORMATS``.
         image_quality: 1-100, for the lossy formats.
         attention: of ``attention.ATTENTIONS``: what was asked for.
         safety_checker: run the model's safety checker, where it has one.
@@ -251,6 +263,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         step_cache: how steps are skipped, lossily; None: not at all.
         upscale: what the finished images are made larger with.
         extra: empty, or what is done to a picture in place of generating one: ``upsample``, by ``upscale``.
+        video: of requests for videos; ``images`` says how many there are of these.
     """
 
     id: str
@@ -287,6 +300,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     step_cache: StepCache | None = None
     upscale: Upscale | None = None
     extra: str = ""
+    video: Video | None = None
 
     @property
     def stages(self) -> tuple[GenerationRequest, ...]:
@@ -298,7 +312,7 @@ class GenerationResult(msgspec.Struct):
     """What a generation gave.
 
     Attributes:
-        images: encoded images.
+        images: encoded images, or videos; ``meta`` says which (``schema.videos.kind_of``).
         meta: everything needed to do it again.
         timings: milliseconds by phase.
         mem_usage: allocated / total memory of the device, 0 on a CPU.

@@ -9,6 +9,7 @@ import pybase64
 from api.errors import ApiError
 from api.schema.catalogue import nearest
 from api.schema.generation import GenerationResult
+from api.schema.videos import kind_of
 
 KEYS = ("modelInputs", "callInputs")
 
@@ -45,7 +46,8 @@ def result_body(result: GenerationResult, links: list[str] | None = None) -> dic
     Args:
         links: where the images are, to be told instead of the images.
     """
-    images = _uploaded(result.urls) if result.urls else images_body(result.images, links)
+    kind = kind_of(result.meta)
+    images = _uploaded(result.urls, kind) if result.urls else images_body(result.images, links, kind)
     body: dict[str, Any] = {"$meta": result.meta, **images}
     body.update({f"{name}_base64": pybase64.b64encode_as_string(extra) for name, extra in result.extras.items()})
     if result.nsfw is not None:
@@ -55,13 +57,13 @@ def result_body(result: GenerationResult, links: list[str] | None = None) -> dic
     return body
 
 
-def _uploaded(urls: list[str]) -> dict[str, Any]:
-    return {"image_url": urls[0]} if len(urls) == 1 else {"image_urls": urls}
+def _uploaded(urls: list[str], kind: str) -> dict[str, Any]:
+    return {f"{kind}_url": urls[0]} if len(urls) == 1 else {f"{kind}_urls": urls}
 
 
-def images_body(images: list[bytes], links: list[str] | None = None) -> dict[str, Any]:
-    """Images as the native dialect writes them: one, or several, or where they are."""
+def images_body(images: list[bytes], links: list[str] | None = None, kind: str = "image") -> dict[str, Any]:
+    """Images, or videos, as the native dialect writes them: one, or several, or where they are."""
     if links is not None:
-        return {"image_urls": links}
+        return {f"{kind}_urls": links}
     encoded = [pybase64.b64encode_as_string(image) for image in images]
-    return {"image_base64": encoded[0]} if len(encoded) == 1 else {"images_base64": encoded}
+    return {f"{kind}_base64": encoded[0]} if len(encoded) == 1 else {f"{kind}s_base64": encoded}

@@ -10,6 +10,7 @@ from api.models.community import METHODS, Community
 from api.models.description import InstalledModel
 from api.schema.catalogue import AUTO, AUTO_FOR_TASK, catalogue, nearest
 from api.service import inputs as checks
+from api.service import videos
 from api.service.additions import Added
 from api.service.fitting import misfit, pipelines_of, unbuildable
 from api.service.output import choose_encoding
@@ -93,6 +94,8 @@ def check_community(model: InstalledModel, code: Community, added: Sequence[Adde
 def _by_content(model_inputs: dict[str, Any], tasks: dict[str, str], own: str) -> str:
     """What a request that asks for no pipeline gets: by its pictures, or the model's own."""
     has_image = any(model_inputs.get(name) for name in ("image", *checks.ALIASES))
+    if own in catalogue().videos:
+        return videos.by_content(own, has_image)
     task = "inpaint" if model_inputs.get("mask_image") else "image2image" if has_image else "text2image"
     takes = catalogue().pipelines.get(own, {})
     if task in tasks or ("mask_image" not in takes and task == "inpaint") or ("image" not in takes and has_image):

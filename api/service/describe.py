@@ -179,8 +179,10 @@ def _limits(name: str, model: InstalledModel | None, settings: Settings) -> dict
     found: dict[str, Any] = {}
     if name in checks.STEPS:
         high = min(high, settings.max_steps)
-    if name in ("num_images_per_prompt", "batch_size", "layers"):
+    if name in checks.SEVERAL:
         high = min(high, settings.max_images)
+    if name in checks.FRAMES:
+        high = min(high, settings.max_frames)
     if name in checks.AREAS:
         low, high = 1, math.floor(settings.max_pixels ** (1 / checks.AREAS[name]))
     if name == "clip_skip":

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from api.errors import ApiError
 from api.models.addresses import Reach, not_allowed
 from api.models.locations import Location, parse_location, redacted
-from api.schema.images import IMAGE_FORMATS
+from api.schema.videos import FILE_FORMATS
 from api.service.fetch import check_scheme
 from api.service.lookups import look_up
 from api.settings import Settings
@@ -20,7 +20,7 @@ FIELD = "callInputs.output_url"
 NUMBER = "{n}"
 """Stands for the number of an image, from 0."""
 _S3 = re.compile(r"(?:https?\+)?s3://", re.IGNORECASE)
-_EXTENSIONS = {f".{found.extension}" for found in IMAGE_FORMATS.values()} | {".jpeg"}
+_EXTENSIONS = {f".{found.extension}" for found in FILE_FORMATS.values()} | {".jpeg"}
 
 
 class Destination(NamedTuple):
@@ -115,7 +115,7 @@ def _destination(url: str, number: int, image_format: str, job_id: str, settings
 
 def _image_key(key: str, image_format: str) -> str:
     """The key with the format's own extension: whatever a client asks for, it overwrites no model."""
-    extension = f".{IMAGE_FORMATS[image_format].extension}"
+    extension = f".{FILE_FORMATS[image_format].extension}"
     if key.lower().endswith(extension) or (image_format == "JPEG" and key.lower().endswith(".jpeg")):
         return key
     return key + extension

@@ -13,8 +13,8 @@ from api.errors import ApiError
 from api.models.community import Community
 from api.models.description import InstalledModel
 from api.schema.catalogue import Input, catalogue
-from api.schema.generation import Code, ModelRef, Pictures, each_picture
-from api.service import controlnets, ip_adapters
+from api.schema.generation import Code, ModelRef, Pictures, Video, each_picture
+from api.service import controlnets, ip_adapters, videos
 from api.service import inputs as checks
 from api.service.additions import Added
 from api.service.choices import check_community, choose_method, choose_pipeline
@@ -56,6 +56,7 @@ class Draft:
     controls: list[str]
     added: Sequence[Added]
     adapted: ip_adapters.Adapted | None
+    video: Video | None
 
 
 def draft_of(
@@ -94,7 +95,9 @@ def draft_of(
     check_step_cache(options, pipeline)
     scheduler = choose_scheduler(options, model, settings.scheduler)
     safety_checker = choose_safety(options, model, settings.safety_checker)
-    encoding = choose_encoding(options)
+    makes_video = pipeline in catalogue().videos and not code
+    videos.check_options(options, code.name if code else pipeline)
+    encoding = videos.choose_encoding(options) if makes_video else choose_encoding(options)
     adapted = ip_adapters.check(model_inputs, model, pipeline, added)
     if adapted:
         model_inputs = adapted.inputs
@@ -106,10 +109,13 @@ def draft_of(
     given = checks.check_inputs(sent, accepted, pipeline)
     defaults = {name: checks.default_of(name, spec, settings) for name, spec in accepted.items()}
     given = {**{name: value for name, value in defaults.items() if value is not None}, **given}
+    if makes_video:
+        videos.fill(given, pipeline, model, settings)
     checks.check_values(given, accepted, model, settings)
     prompt_syntax = check_syntax(options, given)
     check_weighing(prompt_syntax, options, pipeline, accepted)
     images = checks.count_images(given, settings)
+    video = videos.choose_video(given, options, pipeline, encoding, images, settings) if makes_video else None
     seed = checks.check_seed(sent.get("seed"), images, secrets.randbelow(_MAX_DRAWN_SEED))
     job_id = secrets.token_hex(8)
     callback_steps = sent.get("callback_steps")
@@ -139,6 +145,7 @@ def draft_of(
         controls=control.pictures if control else [],
         added=added,
         adapted=adapted,
+        video=video,
     )
 
 

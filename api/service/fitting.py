@@ -6,6 +6,7 @@ from collections.abc import Set
 
 from api.models.description import InstalledModel
 from api.schema.catalogue import Build, catalogue
+from api.service import videos
 
 _SPARE = frozenset({"safety_checker", "feature_extractor", "image_encoder", "controlnet", "adapter"})
 """Parts of a model that another pipeline may leave unused."""
@@ -53,6 +54,8 @@ def misfit(model: InstalledModel, name: str, given: Set[str] = frozenset()) -> s
         return known.refused[name]
     if name not in known.builds:
         return f"diffusers {known.diffusers} has no such pipeline."
+    if reason := videos.misfit(model, name):
+        return reason
     if name == model.class_name:
         return None
     build = known.builds[name]

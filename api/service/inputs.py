@@ -46,6 +46,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "guidance_scale": (-1000, 1000),
     "num_inference_steps": (1, math.inf),
     "num_images_per_prompt": (1, math.inf),
+    "num_videos_per_prompt": (1, math.inf),
+    "num_frames": (1, math.inf),
+    "video_length": (1, math.inf),
+    "decode_chunk_size": (1, math.inf),
+    "frame_rate": (1, 240),
+    "fps": (1, 240),
     "width": (1, math.inf),
     "height": (1, math.inf),
     "padding_mask_crop": (0, 10_000),
@@ -62,6 +68,8 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "batch_size", "layers")
+"""What there are so many images, or videos, of."""
 STEPS = (
     "num_inference_steps",
     "prior_num_inference_steps",
@@ -72,6 +80,8 @@ STEPS = (
     "jump_n_sample",
 )
 """What a pipeline does so many times."""
+FRAMES = ("num_frames", "video_length")
+"""How many frames a video has."""
 AREAS = {"max_area": 1, "resolution": 2, "output_resolution": 2}
 """What decides over an image's pixels in place of its width and height, and the power of it that they are."""
 GROWS = {
@@ -192,6 +202,8 @@ def default_of(name: str, spec: Input, settings: Settings) -> Any:
     """What holds where an input is not sent: the pipeline's default, as far as this server's limits allow it."""
     if name in STEPS and isinstance(spec.default, int):
         return min(spec.default, settings.max_steps)
+    if name in FRAMES and isinstance(spec.default, int):
+        return min(spec.default, settings.max_frames)
     if name in AREAS and isinstance(spec.default, int):
         return min(spec.default, math.floor(settings.max_pixels ** (1 / AREAS[name])))
     return spec.default
@@ -333,7 +345,7 @@ def count_images(inputs: dict[str, Any], settings: Settings) -> int:
     classes = inputs.get("class_labels")
     several = next((len(value) for value in (prompt, classes) if isinstance(value, list)), 1)
     count = several
-    for name in ("num_images_per_prompt", "batch_size", "layers"):
+    for name in SEVERAL:
         count *= inputs.get(name) or 1
     if count > settings.max_images:
         raise _limit("num_images_per_prompt", count, "MAX_IMAGES", settings.max_images)

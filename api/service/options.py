@@ -19,6 +19,8 @@ from api.schema.attention import ATTENTIONS
 from api.schema.catalogue import nearest
 from api.schema.generation import OFFLOADS, OUTPUTS, QUANTIZED_BY
 from api.schema.prompts import SYNTAXES
+from api.schema.videos import MOST_FPS
+from api.service import videos
 from api.service.flow_options import HIRES_SCHEMA, REFINER_SCHEMA, check_hires, check_refiner
 from api.service.step_cache import SCHEMA as STEP_CACHE
 from api.service.step_cache import read_step_cache
@@ -239,7 +241,18 @@ OPTIONS: dict[str, Option] = {
     "is_url": flag("`image`, `mask_image` and `init_image` are URLs"),
     "image_format": text("`PNG`, `JPEG`, `WEBP`, `AVIF`; `JXL` where its codec is installed", "`PNG`", "AVIF"),
     "image_quality": whole("for all but PNG; 100 makes WEBP and JXL lossless", "95", 90, 1, 100),
-    "lossless": flag("keep every pixel: PNG, WEBP and JXL can"),
+    "lossless": flag("keep every pixel: PNG, WEBP and JXL can, of the formats for videos webp"),
+    "video_format": Option(
+        kind="`mp4`, `gif`, `webp`", meaning="what a pipeline that makes videos answers with ([video.md](video.md))",
+        default="`mp4`", example="webp", check=videos.format_of,
+        schema={"type": "string", "pattern": "^([mM][pP]4|[gG][iI][fF]|[wW][eE][bB][pP])$"},
+    ),
+    "fps": Option(
+        kind=f"number, 0.1–{MOST_FPS}", meaning="frames a second of the video; it is shown faster or slower by it",
+        default="the pipeline's", example=23.976, check=videos.fps_of,
+        schema={"type": "number", "minimum": 0.1, "maximum": MOST_FPS},
+    ),
+    "video_quality": whole("of mp4 and webp", str(videos.QUALITY), 90, 1, 100),
     "image_metadata": flag("write `$meta` and AUTOMATIC1111's `parameters` into the files", "`true`", False),
     "output_url": Option(
         kind="string, or strings: one for each image",

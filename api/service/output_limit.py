@@ -12,7 +12,7 @@ import msgspec
 from api.errors import ApiError
 from api.models.locations import parse_location
 from api.schema.generation import GenerationResult
-from api.schema.images import IMAGE_FORMATS
+from api.schema.videos import FILE_FORMATS, kind_of
 from api.service.destinations import Destination
 from api.service.upload import upload
 from api.settings import Settings
@@ -22,6 +22,11 @@ SYNC_LIMIT = 20 * 2**20
 """Bytes of an output, as JSON."""
 _FOLDER = "runpod"
 """In the server's own bucket."""
+_SMALLER = {
+    "image": 'for image_format "JPEG" or "WEBP", or for fewer or smaller images',
+    "video": "for mp4, a lower video_quality, or fewer or smaller frames",
+}
+"""What a client can ask for instead."""
 
 
 async def within_limit(
@@ -31,7 +36,7 @@ async def within_limit(
 
     Args:
         result: images, or links.
-        image_format: of the images, one of ``IMAGE_FORMATS``.
+        image_format: of the images or videos, one of ``FILE_FORMATS``.
         job_id: names a folder for the images.
         settings: the bucket.
         sync: ``runsync``, which may give more.
@@ -42,7 +47,7 @@ async def within_limit(
     limit = SYNC_LIMIT if sync else RUN_LIMIT
     size = size_of(result)
     if size > limit and result.images and settings.aws_s3_default_bucket:
-        found = IMAGE_FORMATS[image_format]
+        found = FILE_FORMATS[image_format]
         where = f"s3:///{settings.aws_s3_default_bucket}/{_FOLDER}/{job_id}/"
         folder = parse_location(where, default_endpoint=settings.aws_s3_endpoint_url)
         keys = [f"{folder.key}{number}.{found.extension}" for number in range(len(result.images))]
@@ -52,7 +57,7 @@ async def within_limit(
         size = size_of(result)
     if size <= limit:
         return result
-    less = "for no latents" if result.urls else 'for image_format "JPEG" or "WEBP", or for fewer or smaller images'
+    less = "for no latents" if result.urls else _SMALLER[kind_of(result.meta)]
     message = (
         f"The output has {size / 2**20:.1f} MB, and {'runsync' if sync else 'run'} gives {limit // 2**20} MB at most. "
         f"Ask {less}; or have the images put elsewhere, with s3Config or output_url, or by a server that has a bucket "

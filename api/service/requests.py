@@ -76,6 +76,7 @@ def complete(
         ip_adapters=looking,
         quantize=asked_for(options),
         step_cache=options.get("step_cache"),
+        video=draft.video,
     )
 
 
@@ -92,8 +93,7 @@ def _meta(draft: Draft, repeat: dict[str, Any], source: SourceRef, adapters: Cho
         **_told(draft.scheduler),
         "pipeline": draft.pipeline,
         "modelInputs": repeat,
-        "image_format": draft.encoding.format,
-        "image_quality": draft.encoding.quality,
+        **_encoding(draft),
         "safety_checker": draft.safety_checker,
         **(adapters.meta if adapters else {}),
     }
@@ -119,6 +119,14 @@ def _meta(draft: Draft, repeat: dict[str, Any], source: SourceRef, adapters: Cho
     if "startRequestId" in options:
         meta["startRequestId"] = options["startRequestId"]
     return meta
+
+
+def _encoding(draft: Draft) -> dict[str, Any]:
+    """How the files are encoded, as it is asked for."""
+    if draft.video is None:
+        return {"image_format": draft.encoding.format, "image_quality": draft.encoding.quality}
+    quality = {} if draft.encoding.format == "GIF" else {"video_quality": draft.encoding.quality}
+    return {"video_format": draft.encoding.format, **quality, "fps": draft.video.fps}
 
 
 def _offload(options: dict[str, Any], settings: Settings, has_gpu: bool) -> str:

@@ -15,7 +15,8 @@ from api.service.options import LATER, OPTIONS
 
 _HOW_ANSWERED = ("async", "streamEvents")
 """Options that say how the answer comes: of a job that is what its routes are for."""
-_AS_THEY_ARE = ("image_url", "image_urls", "nsfw_content_detected")
+_AS_THEY_ARE = ("image_url", "image_urls", "video_url", "video_urls", "nsfw_content_detected")
+_FILES = ("image_base64", "images_base64", "video_base64", "videos_base64")
 _FIELD = "input"
 
 
@@ -72,10 +73,8 @@ def write_output(result_body: dict[str, Any], simple: bool) -> dict[str, Any]:
     meta = result_body["$meta"]
     output: dict[str, Any] = {}
     for name, value in result_body.items():
-        if name == "image_base64":
-            output["image"] = value
-        elif name == "images_base64":
-            output["images"] = value
+        if name in _FILES:
+            output[name.removesuffix("_base64")] = value
         elif name in _AS_THEY_ARE or name.endswith("_base64"):
             output[name] = value
     output["seed"] = meta.get("modelInputs", {}).get("seed")

@@ -14,7 +14,7 @@ import msgspec
 from api.errors import ApiError
 from api.models.locations import Location, parse_location
 from api.models.s3_client import Access, connect
-from api.schema.images import IMAGE_FORMATS
+from api.schema.videos import FILE_FORMATS
 from api.service.destinations import Destination, check_destinations
 from api.service.fetch import check_scheme
 from api.settings import Settings
@@ -86,10 +86,10 @@ def s3_destinations(config: S3Config, images: int, image_format: str, job_id: st
     Args:
         config: as ``read_s3_config`` gave it.
         images: how many there are.
-        image_format: one of ``IMAGE_FORMATS``.
+        image_format: one of ``FILE_FORMATS``.
         job_id: names their folder.
     """
-    found = IMAGE_FORMATS[image_format]
+    found = FILE_FORMATS[image_format]
     folder = _folder(config, job_id)
     client = connect(folder, Access(access_key=config.access_id, secret_key=config.access_secret))
 

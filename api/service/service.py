@@ -18,9 +18,9 @@ from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef
 from api.schema.generation import GenerationRequest, GenerationResult, ModelRef
-from api.schema.images import IMAGE_FORMATS
 from api.schema.messages import OnTheWay
 from api.schema.transfers import Transfer
+from api.schema.videos import FILE_FORMATS
 from api.service.admission import Admission, Admitted
 from api.service.dispatch import Dispatcher
 from api.service.fetcher import Fetcher
@@ -255,7 +255,7 @@ class Service:
     async def _uploaded(self, job: Job, result: GenerationResult) -> GenerationResult:
         """The same with links in the place of images."""
         began = time.perf_counter()
-        content_type = IMAGE_FORMATS[job.request.image_format].content_type
+        content_type = FILE_FORMATS[job.request.image_format].content_type
         with self.watch.upload():
             urls = await upload(job.destinations, result.images, content_type, self.settings)
         timings = {**result.timings, "upload": round((time.perf_counter() - began) * 1000)}

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from api.schema.generation import GenerationResult
-from api.schema.images import IMAGE_FORMATS
+from api.schema.videos import format_of
 from api.service.database import Database
 from api.service.entries import NATIVE, SELECT, Accepted, Entry, StoredResult, Terms, Turn, entry_of
 from api.service.job_tables import JOBS
@@ -168,7 +168,7 @@ class Store:
         """
         if not self._db.execute("SELECT 1 FROM jobs WHERE id = ? AND NOT over", (job_id,)).fetchone():
             return None
-        found = IMAGE_FORMATS.get(str(result.meta.get("image_format")))
+        found = format_of(result.meta)
         extension = found.extension if found else "png"
         try:
             self.images.write(job_id, result.images, extension)

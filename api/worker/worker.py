@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ import numpy as np
 from api.engine.calls import Cancelled
 from api.engine.device import is_fatal, release_host_memory
 from api.engine.encode import encode
+from api.engine.encode_video import encode_video
 from api.engine.generate import Engine, Generated
 from api.engine.metadata import texts
 from api.errors import ApiError
@@ -273,10 +275,12 @@ class Worker:
         meta = {**request.meta, **generated.meta}
         usage = self._engine.device.mem_usage()
         count = len(generated.images)
-        submit = _at_once if generated.images[0].size * count <= _SMALL else self._encoders.submit
+        small = request.video is None and generated.images[0].size * count <= _SMALL
+        coder = functools.partial(encode_video, request.video.fps) if request.video else encode
+        submit = _at_once if small else self._encoders.submit
         images = [
             submit(
-                encode,
+                coder,
                 image,
                 request.image_format,
                 request.image_quality,

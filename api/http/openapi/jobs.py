@@ -25,7 +25,7 @@ from api.http.openapi.parts import (
 )
 from api.http.openapi.parts import answer as of
 from api.http.openapi.schemas import ABOUT, JOB_EXAMPLE, STATE, UNTIL_THEN
-from api.schema.images import IMAGE_FORMATS
+from api.schema.videos import FILE_FORMATS
 from api.settings import Settings
 
 _ID = path("id", text(minLength=1), "what `POST /jobs` answered", "15dfccd203f24d9f")
@@ -56,7 +56,7 @@ _EVENT_EXAMPLE = {"seq": 1, "type": "state", "state": "IN_QUEUE", "time": 179528
 def operations(_: Settings) -> Operations:
     """All of them."""
     listed = obj({"jobs": array(obj(ABOUT, *UNTIL_THEN))})
-    pictures: dict[str, Schema] = {found.content_type: {} for found in IMAGE_FORMATS.values()}
+    pictures: dict[str, Schema] = {found.content_type: {} for found in FILE_FORMATS.values()}
     events = obj(
         {"id": text(), "state": STATE, "queuePosition": whole(minimum=1), "events": array(_EVENT)}, "queuePosition"
     )

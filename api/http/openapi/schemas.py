@@ -43,17 +43,24 @@ IMAGES: dict[str, Schema] = {
     "image_url": text("where the image is, where `output_url` was sent"),
     "image_urls": array(text(), description="where the images are"),
 }
+VIDEOS: dict[str, Schema] = {
+    "video_base64": text("the video, where the pipeline makes one", contentEncoding="base64"),
+    "videos_base64": array(text(contentEncoding="base64"), description="the videos, where there are several"),
+    "video_url": text("where the video is, where `output_url` was sent"),
+    "video_urls": array(text(), description="where the videos are"),
+}
 RESULT = obj(
     {
         "$meta": ref("Meta"),
         **IMAGES,
+        **VIDEOS,
         "latents_base64": text("safetensors, where `output` asked for latents", contentEncoding="base64"),
         "mask_base64": {**_PICTURE, "description": "where `output` asked for the mask"},
         "nsfw_content_detected": array(flag(), description="for each image, where a safety checker ran"),
         "$timings": ref("Timings"),
         "$mem_usage": number("share of the device's memory that was taken, 0 on a CPU"),
     },
-    *IMAGES, "latents_base64", "mask_base64", "nsfw_content_detected",
+    *IMAGES, *VIDEOS, "latents_base64", "mask_base64", "nsfw_content_detected",
 )  # fmt: skip
 PROGRESS = obj(
     {
