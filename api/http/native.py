@@ -163,7 +163,7 @@ def _with_format(call_inputs: dict[str, Any], wanted: str) -> dict[str, Any]:
     if named and (not isinstance(named, str) or format_name(named) != IMAGE_TYPES[wanted]):
         message = f"The Accept header asks for {wanted}; leave {option} out, or let it say the same."
         raise ApiError("INVALID_INPUTS", message, field=f"callInputs.{option}", requested=named)
-    return {**call_inputs, option: IMAGE_TYPES[wanted]}
+    return {**call_inputs, option: IMAGE_TYPES[wanted].lower() if of_video else IMAGE_TYPES[wanted]}
 
 
 def _bytes_response(result: GenerationResult, content_type: str) -> HTTPResponse:

@@ -25,4 +25,4 @@ def kind_of(meta: dict[str, Any]) -> str:
 
 def format_of(meta: dict[str, Any]) -> ImageFormat | None:
     """The format of a result's files, by its ``$meta``."""
-    return FILE_FORMATS.get(str(meta.get("video_format") or meta.get("image_format")))
+    return FILE_FORMATS.get(str(meta.get("video_format") or meta.get("image_format")).upper())

@@ -84,6 +84,7 @@ def description(
         "MODEL_REVISION": model.revision,
         "class": model.class_name,
         "pipeline": pipeline,
+        "makes": "video" if pipeline in catalogue().videos else "image",
         "pipelines": pipelines_of(model),
         "auto": {auto: tasks[task] for auto, task in AUTO.items() if task in tasks},
         "scheduler": choose_scheduler(dict(options), model, settings.scheduler).name or None,

@@ -242,10 +242,8 @@ OPTIONS: dict[str, Option] = {
     "image_format": text("`PNG`, `JPEG`, `WEBP`, `AVIF`; `JXL` where its codec is installed", "`PNG`", "AVIF"),
     "image_quality": whole("for all but PNG; 100 makes WEBP and JXL lossless", "95", 90, 1, 100),
     "lossless": flag("keep every pixel: PNG, WEBP and JXL can, of the formats for videos webp"),
-    "video_format": Option(
-        kind="`mp4`, `gif`, `webp`", meaning="what a pipeline that makes videos answers with ([video.md](video.md))",
-        default="`mp4`", example="webp", check=videos.format_of,
-        schema={"type": "string", "pattern": "^([mM][pP]4|[gG][iI][fF]|[wW][eE][bB][pP])$"},
+    "video_format": choice(
+        "what a pipeline that makes videos answers with ([video.md](video.md))", "`mp4`", "webp", videos.FORMATS
     ),
     "fps": Option(
         kind=f"number, 0.1–{MOST_FPS}", meaning="frames a second of the video; it is shown faster or slower by it",

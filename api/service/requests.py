@@ -126,7 +126,7 @@ def _encoding(draft: Draft) -> dict[str, Any]:
     if draft.video is None:
         return {"image_format": draft.encoding.format, "image_quality": draft.encoding.quality}
     quality = {} if draft.encoding.format == "GIF" else {"video_quality": draft.encoding.quality}
-    return {"video_format": draft.encoding.format, **quality, "fps": draft.video.fps}
+    return {"video_format": draft.encoding.format.lower(), **quality, "fps": draft.video.fps}
 
 
 def _offload(options: dict[str, Any], settings: Settings, has_gpu: bool) -> str:

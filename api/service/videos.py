@@ -13,7 +13,7 @@ import msgspec
 from api.errors import ApiError
 from api.models.description import InstalledModel
 from api.models.parts import config_in
-from api.schema.catalogue import MakesVideo, catalogue, nearest
+from api.schema.catalogue import MakesVideo, catalogue
 from api.schema.generation import Video
 from api.schema.videos import GIF_FPS, MOST_FPS, VIDEO_FORMATS
 from api.service.output import Encoding
@@ -22,6 +22,7 @@ from api.settings import Settings
 
 OPTIONS = ("video_format", "fps", "video_quality")
 """``callInputs`` that only videos have."""
+FORMATS = ("mp4", "gif", "webp")
 QUALITY = 75
 _OF_IMAGES = {
     "image_format": "its format is video_format: mp4, gif or webp",
@@ -43,20 +44,6 @@ def fps_of(value: Any, field: str, meaning: str) -> float:
         message = f"Must be a number from 0.1 to {MOST_FPS}: {meaning}."
         raise ApiError("INVALID_INPUTS", message, field=field, requested=value)
     return float(value)
-
-
-def format_of(value: Any, field: str, meaning: str) -> str:
-    """The option ``video_format``, as ``VIDEO_FORMATS`` has it.
-
-    Raises:
-        ApiError: INVALID_INPUTS.
-    """
-    name = value.upper() if isinstance(value, str) else ""
-    if name not in VIDEO_FORMATS:
-        message = f"Not a video format that this server writes.{nearest(name, VIDEO_FORMATS)}"
-        among = [each.lower() for each in VIDEO_FORMATS]
-        raise ApiError("INVALID_INPUTS", message, field=field, requested=value, available=among)
-    return name
 
 
 def check_options(options: Mapping[str, Any], pipeline: str) -> None:
@@ -95,7 +82,7 @@ def choose_encoding(options: Mapping[str, Any]) -> Encoding:
     Raises:
         ApiError: INVALID_INPUTS.
     """
-    name, lossless = options.get("video_format", "MP4"), options.get("lossless", False)
+    name, lossless = options.get("video_format", FORMATS[0]).upper(), options.get("lossless", False)
     if name == "GIF" and "video_quality" in options:
         message = "A GIF has no quality: it has 256 colours for each frame. Leave this out."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.video_quality")

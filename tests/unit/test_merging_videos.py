@@ -40,7 +40,11 @@ def cog_call(rows: int, step: int) -> dict[str, Any]:
 
 
 def unet_call(rows: int, step: int) -> dict[str, Any]:
-    return {"sample": rand(rows, 4, 3, 8, 8), "timestep": torch.tensor(step), "encoder_hidden_states": rand(rows, 7, 32)}
+    return {
+        "sample": rand(rows, 4, 3, 8, 8),
+        "timestep": torch.tensor(step),
+        "encoder_hidden_states": rand(rows, 7, 32),
+    }
 
 
 def svd_call(rows: int, step: int) -> dict[str, Any]:
