@@ -82,12 +82,14 @@ class About:
         codec: how the autoencoder is run.
         pixels: of one image; 0: not known.
         encodes: it begins with a picture.
+        attention: that was asked for: its kernels differ most of all in the memory that they need.
     """
 
     build: Hashable
     codec: str
     pixels: int
     encodes: bool = False
+    attention: str = "sdpa"
 
 
 class Peaks:
@@ -103,7 +105,7 @@ class Peaks:
         self.room = room
         self._lock = threading.Lock()
         self._known: dict[tuple[Hashable, str], dict[tuple[str, str], _Sizes]] = {}
-        """By build and way to run the autoencoder, then class and method."""
+        """By build and attention, and way to run the autoencoder, then class and method."""
         self._sizes = 0
 
     @contextlib.contextmanager
@@ -180,7 +182,7 @@ class Peaks:
 def _kind(about: About, method: str) -> tuple[Hashable, str]:
     # slices are of one image, which takes what it takes
     codec = "full" if about.codec == "sliced" else about.codec
-    return about.build, codec if method in _CODECS else ""
+    return (about.build, about.attention), codec if method in _CODECS else ""
 
 
 def _at(sizes: _Sizes, pixels: int) -> float:

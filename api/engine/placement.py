@@ -248,8 +248,7 @@ def size_of(request: GenerationRequest) -> tuple[int, ...]:
 def about(build: Build, request: GenerationRequest, placement: str) -> About:
     """What the memory of a request's calls depends on."""
     pixels = math.prod(size_of(request) or (0,)) * _frames(request)
-    # kernels of attention differ most of all in what they need
-    return About((build, request.attention), codec_of(placement), pixels, bool(request.pictures))
+    return About(build, codec_of(placement), pixels, bool(request.pictures), request.attention)
 
 
 def _kind(build: Build, request: GenerationRequest) -> Hashable:

@@ -204,3 +204,11 @@ def test_a_batch_that_will_not_fit_is_not_formed(make: Callable[[], Setup], mode
         done = list(pool.map(it.generate, [a_request(model, 0, side=128) for _ in range(4)]))
     assert {one.meta["placement"] for one in done} == {"full"}
     assert max(int(np.abs(one.images.astype(int) - expected).max()) for one in done) <= 1
+
+
+def test_kernels_of_attention_are_learned_apart() -> None:
+    """What one of them takes says nothing of a request for another."""
+    peaks = Peaks()
+    peaks.note(About("b", "full", 100, attention="_native_math"), "UNet", "forward", 1, 1000)
+    assert peaks.most(About("b", "full", 100, attention="_native_math")) == 1000
+    assert peaks.most(About("b", "full", 100)) == 0
