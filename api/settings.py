@@ -295,6 +295,16 @@ class Settings:
         _one_of("", "none", "fp8", "int8", "nf4"),
         "what large linear layers are quantized to, lossily, for less memory (pip install '.[quantize]'); empty: none",
     )
+    compile: str = _variable(
+        "COMPILE",
+        "off",
+        _one_of("off", "blocks", "graphs", "both"),
+        "blocks: a denoiser's repeated blocks are compiled beside the jobs, which changes pixels a little; graphs: its "
+        "short calls are recorded as CUDA graphs, which changes none; both; off: neither",
+    )
+    compile_cache: str = _variable(
+        "COMPILE_CACHE", "", _text, "folder of compiled code, which only this server may write to; empty: in STATE_DIR"
+    )
     adapters_limit: int = _variable(
         "ADAPTERS_LIMIT", "1GiB", _bytes, "what LoRAs that no running job uses may take on a device, beside the models"
     )

@@ -53,6 +53,7 @@ class Ran(NamedTuple):
     random: Sequence[torch.Tensor] = ()
     words: tuple[str, ...] = ()
     """What ``$meta.numerics`` says beside device, dtype and attention."""
+    code: str = "eager"
 
 
 class _Short(NamedTuple):
@@ -87,6 +88,8 @@ class Job:
     handed: dict[str, Any] = field(default_factory=dict)
     random: Sequence[torch.Tensor] = ()
     latents: bool = False
+    eager: bool = False
+    code: Any = None
 
 
 class Attempts:

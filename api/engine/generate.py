@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
 from api.engine.calling import call, images_of, shape_of, to_uint8
 from api.engine.calls import Cancelled, Ticket
+from api.engine.compiled.blocks import EAGER, Blocks, NotPrepared
 from api.engine.controlnets import picture_arguments
 from api.engine.device import Device
 from api.engine.embeddings import Embeddings
@@ -96,6 +98,8 @@ class Engine:
         adapters_limit: bytes of the device that adapters may take which no running job uses.
         embeddings_limit: bytes of the device that results of text encoders may take, for prompts that come again.
         attention: the kernels of requests for ``auto`` ones, by dtype; torch's own where it names none.
+        compiled: ``blocks``, ``graphs``, ``both`` or ``off``; see docs/compile.md.
+        compile_cache: folder of compiled code.
     """
 
     def __init__(
@@ -108,6 +112,8 @@ class Engine:
         adapters_limit: int = 2**30,
         embeddings_limit: int = 2**26,
         attention: Mapping[torch.dtype, str] = MappingProxyType({}),
+        compiled: str = "off",
+        compile_cache: Path | None = None,
     ) -> None:
         self.attention = attention
         self.device = device
@@ -125,12 +131,15 @@ class Engine:
         self.embeddings = Embeddings(embeddings_limit)
         self.cache.on_clear, self.cache.on_leave = self._clear, self.embeddings.forget
         self.line = Line(self.cache, longest_wait)
-        self.attempts = Attempts(self.cache, self.line, device, self._run, limits.strict, self._foresees)
+        self.attempts = Attempts(self.cache, self.line, device, self._run_as_chosen, limits.strict, self._foresees)
         self.flows = Flows(self.attempts, self.line)
         self.upscaling = Upscaling(device, executor, self.cache, self.line, self.attempts.company)
         self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
         self.line.on_change = self.stager.poke
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        self.blocks: Blocks | None = None
+        if compile_cache and compiled in ("blocks", "both"):
+            self.blocks = Blocks(device.torch, compile_cache, self.versions, executor.on_device)
 
     def _clear(self) -> bool:
         """Forget what the device holds beside models for jobs to come; whether there was anything."""
@@ -138,6 +147,8 @@ class Engine:
 
     def close(self) -> None:
         """End the threads."""
+        if self.blocks:
+            self.blocks.close()
         self.stager.close()
         self.executor.close()
 
@@ -294,12 +305,18 @@ class Engine:
         extras = {name: extra for run in runs for name, extra in run.extras.items()}
         return Generated(images, meta | told, timings | more, runs[-1].nsfw, extras)
 
+    def _run_as_chosen(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
+        if self.blocks is None:
+            return self._run(model, job, ticket, placement)
+        return self.blocks.run(self._run, model, job, ticket, placement)
+
     def _run(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
         request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview
         with self.executor.job(ticket), torch.no_grad(), StepCaching(request.step_cache) as stepping:
             parts, used = components_with(model, request.attention, self.attention, self.executor.on_device)
             parts = with_ip_adapters(placed(model, parts, used, placement), request.ip_adapters)
             parts, told = self.adapters.applied(model, parts, used, request)
+            parts, code = self.blocks.chosen(model, parts, used, job, placement) if self.blocks else (parts, EAGER)
             parts, told = stepping.applied(parts), {**told, **lossy.told_of(model, request)}
             generator = resumed(make_generators(request.seed), job.random)
             seed, known = first_seed(request.seed), self.embeddings
@@ -335,7 +352,7 @@ class Engine:
             arguments = {**copy.deepcopy(without_scale(request.inputs)), **pictures}
             try:
                 out = call(pipe, request.method, arguments, generator, after_step, job.latents)
-            except (ApiError, Cancelled, torch.OutOfMemoryError):
+            except (ApiError, Cancelled, NotPrepared, torch.OutOfMemoryError):
                 raise
             except Exception as fault:
                 own = type(model.components.get("scheduler")).__name__
@@ -353,7 +370,7 @@ class Engine:
             told = {**told, "warnings": warnings}
         words = self._words(used, parts)
         told, own = told | shape_of(images), extras.encoded(pipe)
-        return Ran(images, nsfw, model.dtype, used, placement, told, own, latents, states(generator), words)
+        return Ran(images, nsfw, model.dtype, used, placement, told, own, latents, states(generator), words, code)
 
     def _words(self, attention: str, parts: dict[str, Any]) -> tuple[str, ...]:
         return ("lossy",) * (attention in LOSSY) + ("tf32",) * self.device.tf32 + layout.words(parts)
@@ -365,7 +382,7 @@ class Engine:
 
     def _meta(self, request: GenerationRequest, done: Ran) -> dict[str, Any]:
         dtype = str(done.dtype).removeprefix("torch.")
-        numerics = f"{self.device.torch.type}/{dtype}/{done.attention}/eager"
+        numerics = f"{self.device.torch.type}/{dtype}/{done.attention}/{done.code}"
         numerics += "".join(f"/{word}" for word in done.words)
         numerics += lossy.words(request, done.told, self.device.torch, done.dtype)
         return {

@@ -264,6 +264,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         upscale: what the finished images are made larger with.
         extra: empty, or what is done to a picture in place of generating one: ``upsample``, by ``upscale``.
         video: of requests for videos; ``images`` says how many there are of these.
+        compile: compiled code may be used, where the server has it.
     """
 
     id: str
@@ -301,6 +302,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     upscale: Upscale | None = None
     extra: str = ""
     video: Video | None = None
+    compile: bool = True
 
     @property
     def stages(self) -> tuple[GenerationRequest, ...]:

@@ -271,6 +271,7 @@ OPTIONS: dict[str, Option] = {
         "xformers", ATTENTIONS,
     ),
     "xformers_memory_efficient_attention": flag('the same as `attention: "xformers"`'),
+    "compile": flag("false: run without compiled code, also where the server has it", "`true`", example=False),
     "low_vram": flag("decode in slices and tiles, with one part of the model on the device at a time"),
     "OFFLOAD": choice(
         "`none`: the model is held as it is, whether it fits so or not; `model`, `sequential`: its weights stay in "

@@ -77,6 +77,7 @@ def complete(
         quantize=asked_for(options),
         step_cache=options.get("step_cache"),
         video=draft.video,
+        compile=options.get("compile", True),
     )
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 import warnings
+from pathlib import Path
 
 from api import logs
 from api.schema.messages import Load, Ready
@@ -105,6 +106,8 @@ def main() -> None:
         adapters_limit=settings.adapters_limit,
         embeddings_limit=settings.embeddings_limit,
         attention=settle(device, settings.state_dir),
+        compiled=settings.compile,
+        compile_cache=Path(settings.compile_cache or settings.state_dir / "compile").expanduser(),
     )
     started = time.perf_counter()
     init_ms = round((started - began) * 1000)
