@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from api.engine.calls import Call, Cancelled, Ticket
+from api.engine.compiled.graphs import Graphs
 from api.engine.peaks import Peaks
 from api.engine.runs import Runs
 from api.engine.stopwatch import CpuStopwatch, Stopwatch
@@ -45,6 +46,7 @@ class Executor:
         stopwatch: of the device; a CPU's without one.
         peaks: learns how much memory calls take.
         tally: counts calls.
+        graphs: make some of the calls.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Executor:
         stopwatch: Stopwatch | None = None,
         peaks: Peaks | None = None,
         tally: Tally | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self._peaks = peaks or Peaks()
         self._threads = threads
@@ -62,7 +65,7 @@ class Executor:
         self._calls: list[Call] = []
         self._alone: list[Call] = []
         self._exclusive = False
-        self._runs = Runs(self._stopwatch, self._peaks, self._waiting, tally or Tally())
+        self._runs = Runs(self._stopwatch, self._peaks, self._waiting, tally or Tally(), graphs)
         self._closed = False
         self.calls = 0
         """Module calls that were asked for."""

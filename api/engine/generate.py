@@ -23,7 +23,8 @@ from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
 from api.engine.calling import call, images_of, shape_of, to_uint8
 from api.engine.calls import Cancelled, Ticket
-from api.engine.compiled.blocks import EAGER, Blocks, NotPrepared
+from api.engine.compiled.blocks import Blocks, NotPrepared, choose
+from api.engine.compiled.graphs import Backend, CudaBackend, Graphs
 from api.engine.controlnets import picture_arguments
 from api.engine.device import Device
 from api.engine.embeddings import Embeddings
@@ -100,6 +101,7 @@ class Engine:
         attention: the kernels of requests for ``auto`` ones, by dtype; torch's own where it names none.
         compiled: ``blocks``, ``graphs``, ``both`` or ``off``; see docs/compile.md.
         compile_cache: folder of compiled code.
+        recorder: of graphs; None: CUDA's, where the device has it.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Engine:
         attention: Mapping[torch.dtype, str] = MappingProxyType({}),
         compiled: str = "off",
         compile_cache: Path | None = None,
+        recorder: Backend | None = None,
     ) -> None:
         self.attention = attention
         self.device = device
@@ -121,7 +124,11 @@ class Engine:
         self.peaks = Peaks(device.meter(), found.free if found else None)
         threads = None if device.is_cuda else torch.get_num_threads()
         self.tally = Tally()
-        self.executor = Executor(threads, device.stopwatch(), self.peaks, self.tally)
+        recorder = recorder or (CudaBackend(device.torch) if device.is_cuda else None)
+        self.graphs = Graphs(recorder, device.torch) if recorder and compiled in ("graphs", "both") else None
+        if self.graphs:
+            self.peaks.kept = lambda: self.graphs.bytes if self.graphs else 0
+        self.executor = Executor(threads, device.stopwatch(), self.peaks, self.tally, self.graphs)
         limits = limits or budgets(None, None, device.memory(), host_memory())
         tiers = Tiers(limits.device, limits.host, shared=limits.shared, capacity=limits.capacity)
         executor, loader = self.executor, loader or PartLoader(device, limits.host)
@@ -129,7 +136,7 @@ class Engine:
         self.cache = ModelCache(tiers, loader, run, alone, device.release_cache, self.tally)
         self.adapters = Adapters(device.torch, adapters_limit)
         self.embeddings = Embeddings(embeddings_limit)
-        self.cache.on_clear, self.cache.on_leave = self._clear, self.embeddings.forget
+        self.cache.on_clear, self.cache.on_leave = self._clear, self._left
         self.line = Line(self.cache, longest_wait)
         self.attempts = Attempts(self.cache, self.line, device, self._run_as_chosen, limits.strict, self._foresees)
         self.flows = Flows(self.attempts, self.line)
@@ -143,7 +150,13 @@ class Engine:
 
     def _clear(self) -> bool:
         """Forget what the device holds beside models for jobs to come; whether there was anything."""
-        return any([self.adapters.clear(), self.embeddings.clear(), clear_ip_adapters()])
+        graphs = self.graphs.clear() if self.graphs else False
+        return any([self.adapters.clear(), self.embeddings.clear(), clear_ip_adapters(), graphs])
+
+    def _left(self, module: Any) -> None:
+        self.embeddings.forget(module)
+        if self.graphs:
+            self.graphs.moved()
 
     def close(self) -> None:
         """End the threads."""
@@ -316,7 +329,7 @@ class Engine:
             parts, used = components_with(model, request.attention, self.attention, self.executor.on_device)
             parts = with_ip_adapters(placed(model, parts, used, placement), request.ip_adapters)
             parts, told = self.adapters.applied(model, parts, used, request)
-            parts, code = self.blocks.chosen(model, parts, used, job, placement) if self.blocks else (parts, EAGER)
+            parts, code = choose(self.blocks, self.graphs, model, parts, used, job, placement)
             parts, told = stepping.applied(parts), {**told, **lossy.told_of(model, request)}
             generator = resumed(make_generators(request.seed), job.random)
             seed, known = first_seed(request.seed), self.embeddings

@@ -103,6 +103,8 @@ class Peaks:
     def __init__(self, meter: Meter | None = None, room: int | None = None) -> None:
         self.meter = meter
         self.room = room
+        self.kept: Callable[[], int] = lambda: 0
+        """Says the bytes that a meter takes for free, and that calls cannot have: those of CUDA graphs."""
         self._lock = threading.Lock()
         self._known: dict[tuple[Hashable, str], dict[tuple[str, str], _Sizes]] = {}
         """By build and attention, and way to run the autoencoder, then class and method."""
@@ -176,7 +178,7 @@ class Peaks:
         with self._lock:
             sizes = self._known.get(_kind(about, method), {}).get((owner, method))
             each = _at(sizes, about.pixels) if sizes else 0.0
-        return max(1, int(self.meter.free() / each)) if each else None
+        return max(1, int((self.meter.free() - self.kept()) / each)) if each else None
 
 
 def _kind(about: About, method: str) -> tuple[Hashable, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from api.engine.calls import Call
+from api.engine.compiled.graphs import Graphs
 from api.engine.curve import Curve
 from api.engine.merging import CannotSplit, Mergeable, merge, rejoin, split, take
 from api.engine.peaks import Peaks
@@ -29,12 +30,21 @@ class Runs:
         peaks: learns how much memory they take.
         waiting: see ``Peaks.measuring``.
         tally: counts them.
+        graphs: make some of them; None: none.
 
     Attributes:
         count: calls that were made, merged ones as one.
     """
 
-    def __init__(self, stopwatch: Stopwatch, peaks: Peaks, waiting: Callable[[], object], tally: Tally) -> None:
+    def __init__(
+        self,
+        stopwatch: Stopwatch,
+        peaks: Peaks,
+        waiting: Callable[[], object],
+        tally: Tally,
+        graphs: Graphs | None = None,
+    ) -> None:
+        self._graphs = graphs
         self._stopwatch = stopwatch
         self._tally = tally
         self._peaks = peaks
@@ -71,7 +81,8 @@ class Runs:
         calls = [call.mergeable for call in batch if call.mergeable is not None]
         counts = [call.rows for call in calls]
         try:
-            output = self._timed(batch, lambda: batch[0].function(**merge(calls)))
+            merged = merge(calls)
+            output = self._timed(batch, lambda: batch[0].function(**merged), arguments=merged)
             for call, result in zip(batch, split(output, counts), strict=True):
                 call.result = result
             return True
@@ -89,7 +100,8 @@ class Runs:
     def _run_alone(self, call: Call) -> None:
         if call.mergeable is None or call.rows <= self.curve(call).cap:
             try:
-                call.result = self._timed([call], lambda: call.function(*call.args, **call.kwargs))
+                arguments = call.mergeable.arguments if call.mergeable else None
+                call.result = self._timed([call], lambda: call.function(*call.args, **call.kwargs), arguments=arguments)
                 return
             except torch.OutOfMemoryError as fault:
                 call.error = fault.with_traceback(None)  # which knows everything that the failed call had allocated
@@ -135,7 +147,13 @@ class Runs:
     def _part(self, call: Call, part: Mergeable) -> Any:
         return self._timed([call], lambda: call.function(**part.arguments), part.rows)
 
-    def _timed(self, batch: list[Call], function: Callable[[], Any], rows: int | None = None) -> Any:
+    def _timed(
+        self,
+        batch: list[Call],
+        function: Callable[[], Any],
+        rows: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Make a call for these jobs, and note how long the device was at it."""
         self.count += 1
         what = batch[0].owner, batch[0].name
@@ -155,5 +173,10 @@ class Runs:
             for ticket, count in zip(tickets, counts, strict=True):
                 ticket.attained += seconds * count / sum(counts)
 
+        if self._graphs and arguments is not None:
+            seconds, calm = curve.seconds(sum(counts)), bool(self._waiting())
+            planned = self._graphs.plan(batch[0].function, arguments, batch[0].kind, function, seconds, calm)
+            if planned:  # what it takes of the memory says nothing of other calls
+                return self._stopwatch.time(planned, note)
         with self._peaks.measuring(tickets[0].about, batch[0].owner, batch[0].name, sum(counts), self._waiting):
             return self._stopwatch.time(function, note)

@@ -79,7 +79,11 @@ def import_compiler(folder: Path) -> None:
     """
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes beside a server's
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-    for name in ("torch._inductor.standalone_compile", "torch._functorch._aot_autograd.autograd_cache"):
+    for name in (
+        "torch._inductor.compile_fx",
+        "torch._inductor.standalone_compile",
+        "torch._functorch._aot_autograd.autograd_cache",
+    ):
         importlib.import_module(name)
 
 

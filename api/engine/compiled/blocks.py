@@ -24,15 +24,17 @@ from api.engine.attempts import Job, Ran
 from api.engine.calls import Cancelled, Ticket
 from api.engine.cloning import clone, clone_with
 from api.engine.compiled.artifacts import Code, Order, assembled, example, filled, import_compiler, place, tensor_of
+from api.engine.compiled.graphs import Graphs
 from api.engine.compiled.kinds import Leaf, Seen, Unsuited, look, structure
 from api.engine.compiled.preparer import LONGEST, Preparer
 from api.engine.loader import LoadedModel
-from api.engine.placement import size_of
-from api.engine.placement import weights_of as held
+from api.engine.placement import size_of, weights_of
 
 log = logging.getLogger("api.engine")
 
 EAGER, COMPILED = "eager", "compiled"
+DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+"""Components whose calls are recorded as graphs: they are called once for each step."""
 _CODE = "_compiled_code"
 _MISSES = 3
 """Calls without code that jobs of a kind may meet; from then on they run as they are."""
@@ -165,7 +167,7 @@ class Blocks:
         return run_once(model, job, ticket, placement)
 
     def chosen(
-        self, model: LoadedModel, components: dict[str, Any], attention: str, job: Job, placement: str
+        self, model: LoadedModel, components: dict[str, Any], attention: str, job: Job
     ) -> tuple[dict[str, Any], str]:
         """A job's components with compiled denoisers where it gets them, and the word for that.
 
@@ -173,13 +175,10 @@ class Blocks:
             model: that the components are of.
             components: as all else that is asked for has made them.
             attention: its name.
-            job: remembers what was chosen.
-            placement: of the model.
+            job: remembers what was chosen; one that ``is_plain``.
         """
         request = job.request
-        if job.eager or not request.compile or request.loras or request.ip_adapters or held(placement) != "full":
-            return components, EAGER
-        tree = self._tree(model, components, attention)
+        tree = None if job.eager else self._tree(model, components, attention)
         if tree is None:
             return components, EAGER
         code = request.code.sha256 if request.code else ""
@@ -345,6 +344,34 @@ class Blocks:
                 elif all(isinstance(code, Code) for code in codes):
                     kind.state = "ready"
                     log.info("requests of a kind run compiled from now on")
+
+
+def choose(
+    blocks: Blocks | None,
+    graphs: Graphs | None,
+    model: LoadedModel,
+    components: dict[str, Any],
+    attention: str,
+    job: Job,
+    placement: str,
+) -> tuple[dict[str, Any], str]:
+    """A job's components and the word for them, as ``Blocks.chosen``; what may be recorded is told to the graphs."""
+    if not is_plain(job, placement):
+        return components, EAGER
+    code = EAGER
+    if blocks:
+        components, code = blocks.chosen(model, components, attention, job)
+    if graphs and not (job.code and job.code[1]):  # trees that note calls are gone when their job ends
+        for name in DENOISERS:
+            if isinstance(part := components.get(name), nn.Module):
+                graphs.allow(part)
+    return components, code
+
+
+def is_plain(job: Job, placement: str) -> bool:
+    """Whether a job's denoisers are the model's own, with their weights on the device."""
+    request = job.request
+    return request.compile and not request.loras and not request.ip_adapters and weights_of(placement) == "full"
 
 
 @cache
