@@ -125,7 +125,9 @@ class Engine:
         threads = None if device.is_cuda else torch.get_num_threads()
         self.tally = Tally()
         recorder = recorder or (CudaBackend(device.torch) if device.is_cuda else None)
-        self.graphs = Graphs(recorder, device.torch) if recorder and compiled in ("graphs", "both") else None
+        self.graphs = (
+            Graphs(recorder, device.torch, tally=self.tally) if recorder and compiled in ("graphs", "both") else None
+        )
         if self.graphs:
             self.peaks.kept = lambda: self.graphs.bytes if self.graphs else 0
         self.executor = Executor(threads, device.stopwatch(), self.peaks, self.tally, self.graphs)
@@ -146,7 +148,7 @@ class Engine:
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self.blocks: Blocks | None = None
         if compile_cache and compiled in ("blocks", "both"):
-            self.blocks = Blocks(device.torch, compile_cache, self.versions, executor.on_device)
+            self.blocks = Blocks(device.torch, compile_cache, self.versions, executor.on_device, self.tally)
 
     def _clear(self) -> bool:
         """Forget what the device holds beside models for jobs to come; whether there was anything."""

@@ -90,6 +90,11 @@ class Tally:
         with self._lock:
             self._counts.shortages[answer] = self._counts.shortages.get(answer, 0) + 1
 
+    def compiled(self, outcome: str) -> None:
+        """Something came of compiling; ``outcome`` is one of ``COMPILED``."""
+        with self._lock:
+            self._counts.compiled[outcome] = self._counts.compiled.get(outcome, 0) + 1
+
     def counts(self) -> Counts:
         """All of them, as they are now."""
         with self._lock:

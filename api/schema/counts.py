@@ -15,6 +15,8 @@ JOBS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 """The same for how many jobs share a call."""
 SHORTAGES = ("smaller_batch", "halves", "evict", "alone", "lower_placement", "reload")
 """What is done about a lack of the device's memory."""
+COMPILED = ("made", "loaded", "failed", "missed", "graph")
+"""Code of blocks that was compiled, loaded, could not be; jobs that met a call without; CUDA graphs recorded."""
 SOURCES = ("disk", "host")
 """Where a model comes from that is brought onto the device."""
 
@@ -67,6 +69,7 @@ class Counts(msgspec.Struct):
         evictions: parts of models that left a tier, by tier.
         switches: requests that waited until a model was brought onto the device.
         shortages: of the device's memory, by what was done about it (``SHORTAGES``).
+        compiled: what came of compiling (``COMPILED``).
     """
 
     calls: dict[str, Calls] = {}
@@ -77,6 +80,7 @@ class Counts(msgspec.Struct):
     evictions: dict[str, int] = {}
     switches: int = 0
     shortages: dict[str, int] = {}
+    compiled: dict[str, int] = {}
 
 
 class DeviceMemory(msgspec.Struct):

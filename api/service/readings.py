@@ -124,6 +124,7 @@ def _counted(sheet: _Sheet, worker: Worker) -> None:
         ("moved_seconds", counts.moved_seconds),
         ("evictions", counts.evictions),
         ("out_of_memory", counts.shortages),
+        ("compiled", counts.compiled),
     ):
         for label, value in found.items():
             sheet.put(name, value, device, label)

@@ -29,6 +29,7 @@ from api.engine.compiled.kinds import Leaf, Seen, Unsuited, look, structure
 from api.engine.compiled.preparer import LONGEST, Preparer
 from api.engine.loader import LoadedModel
 from api.engine.placement import size_of, weights_of
+from api.engine.tally import Tally
 
 log = logging.getLogger("api.engine")
 
@@ -110,6 +111,7 @@ class Blocks:
         folder: where compiled code is kept.
         versions: of the packages that it depends on.
         on_device: runs something on the device's thread.
+        tally: counts what comes of it.
         longest: see ``Preparer``.
     """
 
@@ -119,10 +121,12 @@ class Blocks:
         folder: Path,
         versions: dict[str, str],
         on_device: Callable[[Callable[[], Any]], Any],
+        tally: Tally | None = None,
         longest: float = LONGEST,
     ) -> None:
         self._on_device = on_device
         self._device = device
+        self._tally = tally or Tally()
         self._lock = threading.Lock()
         import_compiler(folder)
         self._kinds: dict[Hashable, _Kind] = {}
@@ -130,7 +134,7 @@ class Blocks:
         """By order; None where there is none and will be none."""
         self._calls: dict[tuple[str, Leaf, bool], Code] = {}
         self._orders: dict[str, Order] = {}
-        self.preparer = Preparer(device, folder / place(device, versions), self._done, longest)
+        self.preparer = Preparer(device, folder / place(device, versions), self._done, self._tally, longest)
 
     def close(self) -> None:
         """End what is being prepared."""
@@ -156,6 +160,7 @@ class Blocks:
             done = run_once(model, job, ticket, placement)
         except NotPrepared as fault:
             log.info("%s: %s; it is run again without compiled blocks", job.request.id, fault)
+            self._tally.compiled("missed")
             self._missed(job.code)
         except BaseException:
             self._gave_up_noting(job.code)

@@ -24,6 +24,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from api.engine.merging import STEPS
+from api.engine.tally import Tally
 
 log = logging.getLogger("api.engine")
 
@@ -127,16 +128,18 @@ class Graphs:
         backend: records.
         device: where inputs are kept.
         limit: bytes that they may take.
+        tally: counts them.
 
     Attributes:
         recorded: how many calls were recorded.
         replayed: how many calls were made by a graph.
     """
 
-    def __init__(self, backend: Backend, device: torch.device, limit: int = LIMIT) -> None:
+    def __init__(self, backend: Backend, device: torch.device, limit: int = LIMIT, tally: Tally | None = None) -> None:
         self._backend = backend
         self._device = device
         self._limit = limit
+        self._tally = tally or Tally()
         self._lock = threading.RLock()
         self._allowed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._where: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
@@ -262,6 +265,7 @@ class Graphs:
                 self._graphs.popitem(last=False)
         self._seen.pop(key, None)
         self.recorded += 1
+        self._tally.compiled("graph")
         log.info("a call of %s is a CUDA graph from now on", type(function.__self__).__name__)
         return graph
 

@@ -24,6 +24,7 @@ import torch
 
 from api.engine.compiled.artifacts import Code, Order, is_done, load
 from api.engine.compiled.prepare import NOT_SUITED
+from api.engine.tally import Tally
 
 log = logging.getLogger("api.engine")
 
@@ -41,6 +42,7 @@ class Preparer:
         device: to compile for.
         folder: where it is kept.
         on_done: told of each order's key, and its code; None where there will be none.
+        tally: counts what comes of them.
         longest: seconds that one may take.
 
     Attributes:
@@ -54,11 +56,13 @@ class Preparer:
         device: torch.device,
         folder: Path,
         on_done: Callable[[str, Code | None], None],
+        tally: Tally,
         longest: float = LONGEST,
     ) -> None:
         self._device = device
         self._folder = folder
         self._on_done = on_done
+        self._tally = tally
         self._longest = longest
         self._orders: queue.Queue[Order | None] = queue.Queue()
         self._process: subprocess.Popen[bytes] | None = None
@@ -91,10 +95,12 @@ class Preparer:
             try:
                 code = self._prepared(order)
                 self.loaded += 1
+                self._tally.compiled("loaded")
             except Exception as fault:
                 if self._closed:
                     return
                 self.failed[order.key] = f"{type(fault).__name__}: {fault}"[:500]
+                self._tally.compiled("failed")
                 log.warning("a %s is not compiled, and runs as it is: %s", type(order.block).__name__, fault)
             self._on_done(order.key, code)
 
@@ -111,6 +117,7 @@ class Preparer:
             raise RuntimeError("preparations have failed before, and are not tried again before the next start")
         self._compile(order, folder)
         self.compiled += 1
+        self._tally.compiled("made")
         return self._loaded(order, folder, began)
 
     def _loaded(self, order: Order, folder: Path, began: float) -> Code:
