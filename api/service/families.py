@@ -93,9 +93,7 @@ _ALL = (
     _counter("moved_seconds", ("device", "way"), "What that took; with the bytes it gives the rate."),
     _counter("evictions", ("device", "tier"), "Parts of models (a UNet, a text encoder) that left a tier."),
     _counter("out_of_memory", ("device", "answer"), "Lacks of the device's memory, by what was done about it."),
-    _counter(
-        "compiled", ("device", "outcome"), "Code of blocks: `made`, `loaded`, `failed`, `missed`; CUDA `graph`s."
-    ),
+    _counter("compiled", ("device", "outcome"), "Code of blocks: `made`, `loaded`, `failed`, `missed`; CUDA `graph`s."),
     _gauge("device_memory_bytes", ("device", "state"), "The allocator of a GPU: `allocated`, `reserved`, `peak`."),
     # workers
     _gauge("ready", (), "1 while a worker can run jobs."),

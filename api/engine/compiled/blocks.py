@@ -376,7 +376,8 @@ def choose(
 def is_plain(job: Job, placement: str) -> bool:
     """Whether a job's denoisers are the model's own, with their weights on the device."""
     request = job.request
-    return request.compile and not request.loras and not request.ip_adapters and weights_of(placement) == "full"
+    changed = request.loras or request.ip_adapters or request.step_cache or request.model.quantize
+    return request.compile and not changed and weights_of(placement) == "full"
 
 
 @cache
