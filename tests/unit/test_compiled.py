@@ -80,6 +80,8 @@ def engines() -> Iterator[Callable[[Path | None], Engine]]:
 
     def make(folder: Path | None) -> Engine:
         made.append(an_engine(folder))
+        if made[-1].blocks:
+            made[-1].blocks.preparer.niceness = 0  # a test waits for it
         return made[-1]
 
     yield make
@@ -168,11 +170,13 @@ def test_what_a_block_returns_is_put_together() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # inductor compiles C++
 def test_from_eager_to_compiled_and_what_is_kept(
     engines: Callable[[Path | None], Engine], models: list[ModelRef], kept: Path
 ) -> None:
     plain, first = engines(None), engines(kept)
-    requests = [a_request(models[i % 2], i, 64 if i < 6 else 32) for i in range(8)]
+    requests = [a_request(models[i % 2], i) for i in range(6)]
+    requests += [a_request(models[0], i, 32, compile=False) for i in (6, 7)]
     alone = [plain.generate(request) for request in requests]
     assert word(first.generate(requests[0])) == "eager"
 
@@ -186,13 +190,13 @@ def test_from_eager_to_compiled_and_what_is_kept(
     assert first.blocks is not None
     assert first.blocks.preparer.failed == {}
     made = first.blocks.preparer.compiled
-    assert made == 4  # two sizes, for one row and for more
+    assert made == 2  # for one row and for more
 
     # from now on it is another word, for the other checkpoint as well, and nothing is compiled anew
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         after = list(pool.map(first.generate, requests))
+    assert [word(each) for each in after] == ["compiled"] * 6 + ["eager"] * 2
     for one, other in zip(alone, after, strict=True):
-        assert word(other) == "compiled"
         assert (latents(one) - latents(other)).abs().max() <= 1e-4
     assert any(not torch.equal(latents(one), latents(other)) for one, other in zip(alone, after, strict=True))
     assert first.blocks.preparer.compiled == made
@@ -224,6 +228,7 @@ def test_from_eager_to_compiled_and_what_is_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_transformer(engines: Callable[[Path | None], Engine], tmp_path: Path, kept: Path) -> None:
     save_family("flux", tmp_path)
     flux = {"pipeline": "FluxPipeline", "scheduler": "FlowMatchEulerDiscreteScheduler"}

@@ -1,6 +1,6 @@
 """``python -m api.engine.compiled.prepare ORDER FOLDER DEVICE [check]``: compile one kind of call, and nothing else.
 
-Ends with its parent (its end of the pipe on stdin), runs at the lowest priority, and prints why it could not.
+Ends with its parent (its end of the pipe on stdin), and prints why it could not.
 Checked in a second process image: what was compiled is loaded as a server loads it, which also leaves in the folder
 what is only made at a first call.
 """
@@ -28,8 +28,6 @@ def main() -> int:
     """Compile, then check what was compiled."""
     order_file, folder, device_name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     checks = sys.argv[4:] == ["check"]
-    if not checks:
-        os.nice(19)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 

@@ -46,6 +46,7 @@ class Preparer:
         longest: seconds that one may take.
 
     Attributes:
+        niceness: of the process: the lowest priority there is.
         compiled: orders that were compiled anew.
         loaded: orders whose code was loaded, those included.
         failed: orders that came to nothing, and why.
@@ -68,6 +69,7 @@ class Preparer:
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._deaths = 0
+        self.niceness = 19
         self.compiled = self.loaded = 0
         self.failed: dict[str, str] = {}
         self._thread = threading.Thread(target=self._serve, name="prepare", daemon=True)
@@ -139,6 +141,9 @@ class Preparer:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=said, stderr=said, env=environment, start_new_session=True
             )
+            with contextlib.suppress(OSError):
+                niceness = max(self.niceness, os.getpriority(os.PRIO_PROCESS, 0))
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness)
             try:
                 if self._closed:
                     raise RuntimeError("it is over")
