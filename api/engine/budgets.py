@@ -57,7 +57,9 @@ Limit = int | float | None
 """A setting: bytes, a share, or nothing."""
 
 
-def budgets(vram_limit: Limit, ram_limit: Limit, gpu: Memory | None, host: Memory, workers: int = 1) -> Budgets:
+def budgets(
+    vram_limit: Limit, ram_limit: Limit, gpu: Memory | None, host: Memory, workers: int = 1, *, settled: bool = False
+) -> Budgets:
     """The budgets of one worker.
 
     Args:
@@ -65,9 +67,15 @@ def budgets(vram_limit: Limit, ram_limit: Limit, gpu: Memory | None, host: Memor
         ram_limit: RAM_LIMIT, for all workers together.
         gpu: the device's memory; None for a CPU.
         host: the memory of the container.
-        workers: how many share the host's memory.
+        workers: how many share the host's memory, each with a part of its own.
+        settled: ``ram_limit`` are the bytes of all workers together, whatever of it others have taken already.
     """
-    ram = _limit("RAM_LIMIT", ram_limit, host, min(int(host.total * _SHARE), int(host.free * _FREE_SHARE))) // workers
+    if settled:
+        assert isinstance(ram_limit, int)
+        ram = ram_limit
+    else:
+        default = min(int(host.total * _SHARE), int(host.free * _FREE_SHARE))
+        ram = _limit("RAM_LIMIT", ram_limit, host, default) // workers
     if gpu is None:
         vram = min(ram, _limit("VRAM_LIMIT", vram_limit, host, ram))
         return Budgets(vram, ram, shared=True, capacity=host.total)

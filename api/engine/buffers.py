@@ -10,6 +10,7 @@ import ctypes
 import errno
 import logging
 import mmap
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -24,6 +25,7 @@ _SLACK = 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def buffer(size: int, pin: bool, spare: Spare | None = None) -> torch.Tensor:
@@ -40,7 +42,7 @@ def buffer(size: int, pin: bool, spare: Spare | None = None) -> torch.Tensor:
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     if spare is None:
-        return torch.frombuffer(_Pages.of(size, pin), dtype=torch.uint8)[:size]
+        return torch.frombuffer(Pages.of(size, pin), dtype=torch.uint8)[:size]
     pages = spare.take(size, pin)
     # an object of its own for each use, so that its end is the end of the use and not of the memory
     use = (ctypes.c_char * len(pages)).from_address(address_of(pages))
@@ -58,7 +60,7 @@ class Spare:
     def __init__(self, limit: int = 0) -> None:
         self._limit = limit
         self._used = 0
-        self._pages: list[_Pages] = []
+        self._pages: list[Pages] = []
         self._lock = threading.RLock()  # memory may be left by a collection within any of these lines
 
     @property
@@ -72,7 +74,7 @@ class Spare:
         with self._lock:
             return any(_suits(pages, size) for pages in self._pages)
 
-    def take(self, size: int, pin: bool) -> _Pages:
+    def take(self, size: int, pin: bool) -> Pages:
         """Memory of at least that size, from what is kept or new.
 
         Raises:
@@ -87,12 +89,12 @@ class Spare:
             size = whole_pages(size)
             self._count(size)  # what it takes the place of goes first
         try:
-            return _Pages.of(size, pin)
+            return Pages.of(size, pin)
         except BaseException:
             self._count(-size)
             raise
 
-    def leave(self, pages: _Pages) -> None:
+    def leave(self, pages: Pages) -> None:
         """Nobody uses it any more."""
         with self._lock:
             self._pages.append(pages)
@@ -115,17 +117,17 @@ class Spare:
                 self._pages.pop(0)  # what is kept longest
 
 
-def _suits(pages: _Pages, size: int) -> bool:
+def _suits(pages: Pages, size: int) -> bool:
     return size <= len(pages) <= size + size // _SLACK + PAGE
 
 
-class _Pages(mmap.mmap):
+class Pages(mmap.mmap):
     """Memory that is known to CUDA until it is freed."""
 
     release: Callable[[], None] | None = None
 
     @classmethod
-    def of(cls, size: int, pin: bool) -> _Pages:
+    def of(cls, size: int, pin: bool) -> Pages:
         """New memory.
 
         Raises:
@@ -138,8 +140,20 @@ class _Pages(mmap.mmap):
         # to fault in pages of 4 KiB takes longer than to read a file
         advise(pages, 0, len(pages), mmap.MADV_HUGEPAGE)
         if pin:
-            _pin(pages)
+            pin_pages(pages)
         return pages
+
+    @classmethod
+    def over(cls, descriptor: int, size: int, flags: int) -> Pages:
+        """The memory behind a descriptor, whole pages of it; ``flags`` as mmap(2) has them.
+
+        Raises:
+            MemoryError: there is no room.
+        """
+        try:
+            return cls(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as fault:
+            raise MemoryError(f"no room for {size} bytes") from fault
 
     def __del__(self) -> None:
         if self.release:
@@ -173,7 +187,18 @@ def advise(pages: mmap.mmap, begin: int, length: int, advice: int) -> int:
     return 0 if number in (errno.EINVAL, errno.EPERM, errno.EAGAIN) else number
 
 
-def _pin(pages: _Pages) -> None:
+def protect(pages: Pages) -> None:
+    """Have whatever writes to this memory from now on end with SIGSEGV.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    if _libc.mprotect(address_of(pages), len(pages), mmap.PROT_READ):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def pin_pages(pages: Pages) -> None:
     """Let CUDA copy from this memory by itself; it stays as it is where CUDA refuses, and copies are slower then."""
     address, runtime = address_of(pages), torch.cuda.cudart()
     refusal = int(runtime.cudaHostRegister(address, len(pages), 1))

@@ -12,6 +12,7 @@ from torch import nn
 
 from api.engine.books import Begun, Moves, NeverFits, State, total
 from api.engine.calls import Cancelled
+from api.engine.common_host import Rooms
 from api.engine.host import TICK, HostParts, never_fits
 from api.engine.known import Known
 from api.engine.moving import Mover, Reservation
@@ -79,6 +80,15 @@ class ModelCache:
     def refs(self) -> dict[str, ModelRef]:
         """Every model of which something is in memory, by key."""
         return self._known.refs()
+
+    @property
+    def rooms(self) -> Rooms | None:
+        """Where the host's memory is shared with other workers: the room that this one has there."""
+        return self._host.rooms
+
+    @rooms.setter
+    def rooms(self, rooms: Rooms) -> None:
+        self._host.rooms = rooms
 
     def parts(self, ref: ModelRef) -> Sequence[PartSpec]:
         """A model's parts, as its files are now.
@@ -245,7 +255,10 @@ class ModelCache:
                     raise Cancelled
                 yield spec
 
+        taken = self._host.absent(entered)
         try:
+            if not self._host.take(taken, cancelled):
+                return False
             for _ in range(3):  # a copy of what the device has may leave while the next one is read
                 if not self._bring_to_host(ref, entered, wanted()):
                     return False
@@ -256,6 +269,7 @@ class ModelCache:
                         return True
             return False
         finally:
+            self._host.give_back(taken)
             self.release(ref)
             self.give_back()
 
@@ -287,6 +301,17 @@ class ModelCache:
             self._owed = self._unloaded = True  # memory is short: what is kept for parts to come goes as well
         self.give_back()
         return bool(moves.device) or cleared
+
+    def let_go(self, size: int) -> bool:
+        """Have so many bytes leave the host's memory that no job uses; whether anything did."""
+        with self.tiers.lock:
+            moves = self._forget(self.tiers.let_go(size))
+        self.give_back()
+        return bool(moves)
+
+    def pause(self, paused: bool) -> None:
+        """Begin with nothing new: another worker needs the host's memory; or do so again."""
+        self.tiers.pause(paused)
 
     def expire(self, idle: float) -> None:
         """Have models leave the device that nobody has used for so many seconds."""

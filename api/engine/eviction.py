@@ -130,6 +130,26 @@ def of_idle(books: Books) -> Leaving:
     return Leaving(off_device, list(_droppable(books, off_device, None)) if books.shared else ())
 
 
+def letting_go(books: Books, size: int) -> Leaving:
+    """What leaves the host's memory to make room for so many bytes of another worker: what no job uses.
+
+    Args:
+        books: as they are.
+        size: bytes; less may be found.
+    """
+    off_device, off_host = list[Part](), list[Part]()
+    victims = _evictable(books, None, (), ()) if books.shared else iter(())
+    while size > 0:
+        if drop := next((part for part in _droppable(books, off_device, None) if part not in off_host), None):
+            off_host.append(drop)
+            size -= drop.bytes
+        elif victim := next(victims, None):
+            off_device.append(victim)
+        else:
+            break
+    return Leaving(off_device, off_host)
+
+
 def check_possible(books: Books, mine: Collection[Part], in_host: Collection[Part] = ()) -> None:
     """Whether there would be room for a model of these parts, if all leases ended.
 

@@ -23,6 +23,7 @@ from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
 from api.engine.calling import call, images_of, shape_of, to_uint8
 from api.engine.calls import Cancelled, Ticket
+from api.engine.common_host import HostTier, share
 from api.engine.compiled.blocks import Blocks, NotPrepared, choose
 from api.engine.compiled.graphs import Backend, CudaBackend, Graphs
 from api.engine.controlnets import picture_arguments
@@ -102,6 +103,7 @@ class Engine:
         compiled: ``blocks``, ``graphs``, ``both`` or ``off``; see docs/compile.md.
         compile_cache: folder of compiled code.
         recorder: of graphs; None: CUDA's, where the device has it.
+        tier: the host's memory, where other workers share it.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Engine:
         compiled: str = "off",
         compile_cache: Path | None = None,
         recorder: Backend | None = None,
+        tier: HostTier | None = None,
     ) -> None:
         self.attention = attention
         self.device = device
@@ -133,9 +136,11 @@ class Engine:
         self.executor = Executor(threads, device.stopwatch(), self.peaks, self.tally, self.graphs)
         limits = limits or budgets(None, None, device.memory(), host_memory())
         tiers = Tiers(limits.device, limits.host, shared=limits.shared, capacity=limits.capacity)
-        executor, loader = self.executor, loader or PartLoader(device, limits.host)
+        executor, loader = self.executor, loader or PartLoader(device, limits.host, tier)
         run, alone = executor.on_device, executor.exclusively
         self.cache = ModelCache(tiers, loader, run, alone, device.release_cache, self.tally)
+        if tier and isinstance(loader, PartLoader):
+            share(self.cache, tier, loader.named)
         self.adapters = Adapters(device.torch, adapters_limit)
         self.embeddings = Embeddings(embeddings_limit)
         self.cache.on_clear, self.cache.on_leave = self._clear, self._left

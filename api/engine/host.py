@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from api.engine.books import Moves, NeverFits, State, Turn
+from api.engine.common_host import Rooms
 from api.engine.known import Known
 from api.engine.parts import HostPart, Loader, PartSpec, Run
 from api.engine.spent import Rate
@@ -31,6 +32,7 @@ class HostParts:
 
     Attributes:
         rate: how fast parts are read.
+        rooms: where the host's memory is shared with other workers: the room that this one has there.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class HostParts:
         self._exclusively = exclusively
         self._left = left
         self._parts: dict[str, HostPart] = {}
+        self.rooms: Rooms | None = None
         self.rate = Rate()
 
     def bring(self, ref: ModelRef, specs: Sequence[PartSpec], spec: PartSpec, ahead_of: Collection[str] | None) -> bool:
@@ -68,7 +71,7 @@ class HostParts:
             while (turn := self._turn(ref, specs, spec, ahead_of)) is Turn.BUSY:
                 self._tiers.changed.wait(TICK)
         if turn is Turn.READ:
-            self._read(spec)
+            return self._read(spec, ahead_of is None, lambda: False) is not None
         return turn is not Turn.FULL
 
     def next(
@@ -94,14 +97,32 @@ class HostParts:
                 if (found := self._choose(ref, specs, missing)) is None:
                     self._tiers.changed.wait(TICK)
             if found:
-                spec, host = found
-                return spec, host or self._read(spec)
+                spec, there = found
+                if host := there or self._read(spec, True, over):
+                    return spec, host
         return None
 
     def of(self, specs: Sequence[PartSpec]) -> dict[str, HostPart]:
         """The weights of parts that are there, by key."""
         with self._tiers.lock:
             return {spec.key: self._parts[spec.key] for spec in specs}
+
+    def absent(self, specs: Sequence[PartSpec]) -> list[PartSpec]:
+        """Those of some parts that are not here, each once."""
+        with self._tiers.lock:
+            return [spec for spec in {spec.key: spec for spec in specs}.values() if not self._is_there(spec.key)]
+
+    def take(self, specs: Sequence[PartSpec], over: Callable[[], bool]) -> bool:
+        """Have the room for parts that a job is about to have read, before the first one is; see ``Rooms.take``.
+
+        Two jobs of two workers that each had room for half of their models would wait for each other.
+        """
+        return self.rooms is None or self.rooms.take(specs, wait=True, over=over)
+
+    def give_back(self, specs: Sequence[PartSpec]) -> None:
+        """These are not about to be read any more."""
+        if self.rooms:
+            self.rooms.give_back(specs)
 
     def forget(self, keys: Iterable[str]) -> None:
         """These have left the host's memory."""
@@ -133,10 +154,15 @@ class HostParts:
         self._left(moves)
         return turn
 
-    def _read(self, spec: PartSpec) -> HostPart:
-        """Read a part whose turn it is."""
-        began = time.perf_counter()
+    def _read(self, spec: PartSpec, wait: bool, over: Callable[[], bool]) -> HostPart | None:
+        """Read a part whose turn it is; None where other workers have the room, see ``Rooms.need``."""
         try:
+            has_room = self.rooms is None or self.rooms.need(spec, wait=wait, over=over)
+            began = time.perf_counter()
+            if not has_room:
+                with self._tiers.lock:
+                    self._left(self._tiers.read_failed(spec.key))
+                return None
             host: HostPart = (
                 self._exclusively(lambda: self._loader.read(spec)) if spec.by_library else self._loader.read(spec)
             )
@@ -145,8 +171,9 @@ class HostParts:
                 self._left(self._tiers.read_failed(spec.key))
             raise
         took = time.perf_counter() - began
-        self.rate.note(spec.bytes, took)
-        self._tally.moved("read", spec.bytes, took)
+        if host.read:
+            self.rate.note(spec.bytes, took)
+        self._tally.moved("read" if host.read else "share", spec.bytes, took)
         with self._tiers.lock:
             self._parts[spec.key] = host
             self._left(self._tiers.read_done(spec.key))

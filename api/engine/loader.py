@@ -17,6 +17,7 @@ from torch import nn
 
 from api.engine import skeletons, upscalers
 from api.engine.buffers import Spare
+from api.engine.common_host import HostTier, name_of, read_common
 from api.engine.device import Device
 from api.engine.faults import as_broken, naming
 from api.engine.headers import file_identity, read_header
@@ -29,7 +30,7 @@ from api.engine.plans import Plans
 from api.engine.quantization import RULE, Rule
 from api.engine.quantized_layers import has_quantized
 from api.engine.quantized_skeletons import Quantized, read_quantized
-from api.engine.reading import BufferPart, read
+from api.engine.reading import BufferPart, can_map, read
 from api.engine.skeletons import Skeleton
 from api.engine.specs import (
     components,
@@ -94,10 +95,14 @@ class PartLoader:
         device: where modules are placed.
         host_limit: bytes of the host's memory that parts may take: what one has left is kept for the next within it.
         rule: what is quantized where a model is to be.
+        tier: the host's memory that workers share: they have room there for what is read. None: it is this one's.
     """
 
-    def __init__(self, device: Device, host_limit: int = 0, rule: Rule = RULE) -> None:
+    def __init__(
+        self, device: Device, host_limit: int = 0, tier: HostTier | None = None, rule: Rule = RULE
+    ) -> None:
         self._device = device
+        self._tier = tier
         self._spare = Spare(host_limit)
         self._weightless = Weightless()
         self._plans = Plans(device, rule)
@@ -119,6 +124,8 @@ class PartLoader:
 
     def release(self) -> None:
         """Give back the memory that is kept for parts to come."""
+        if self._tier:
+            self._tier.clear()
         self._spare.clear()
 
     def read(self, spec: PartSpec) -> HostPart:
@@ -130,9 +137,44 @@ class PartLoader:
         """
         with spending("read"):
             _check_unchanged(spec)
-            host = self._read(spec)
+            host = self._read_common(spec) if self._tier else self._read(spec)
             _check_unchanged(spec)
             return host
+
+    def named(self, spec: PartSpec) -> str:
+        """What a part is called in the host tier; see ``common_host.name_of``."""
+        return name_of(spec, mapped=not spec.by_library and self._is_mapped(spec))
+
+    def _is_mapped(self, spec: PartSpec) -> bool:
+        if not self._device.shares_host:
+            return False
+        with as_broken(spec.folder):
+            return can_map([read_header(path) for path in spec.files], self._plans.skeleton(spec).slots)
+
+    def _read_common(self, spec: PartSpec) -> HostPart:
+        """The same where workers share the host's memory, and there is room for this part."""
+        assert self._tier is not None
+        name = self.named(spec)
+        skeleton = None if spec.by_library or self._is_mapped(spec) else self._plans.skeleton(spec)
+        try:
+            if skeleton is None or not skeleton.extent:
+                host = self._read(spec)
+                weakref.finalize(host, self._tier.release, name).atexit = False
+                return host
+            with as_broken(spec.folder):
+                headers = [read_header(path) for path in spec.files]
+                return read_common(
+                    self._tier,
+                    name,
+                    headers,
+                    skeleton.slots,
+                    skeleton.extent,
+                    pin=self._device.is_cuda,
+                    check=lambda: _check_unchanged(spec),
+                )
+        except BaseException:
+            self._tier.release(name)
+            raise
 
     def _read(self, spec: PartSpec) -> HostPart:
         if spec.library == upscalers.LIBRARY:

@@ -96,11 +96,27 @@ class Mover:
             return True
         if cancelled():
             raise Cancelled
-        if isinstance(ref := reservation.ref, Offloaded):
-            return self._offload(ref, reservation, reservation.begun, cancelled) and self._await_others(ref, cancelled)
         for spec in reservation.specs:
             if spec.key in reservation.onto:
                 self._loader.vacate(spec, reservation.onto[spec.key])
+        taken = self._host.absent(self._staying(reservation, reservation.begun))
+        if not self._host.take(taken, cancelled):
+            return False
+        try:
+            if isinstance(ref := reservation.ref, Offloaded):
+                return self._offload(ref, reservation, reservation.begun, cancelled) and self._await_others(
+                    ref, cancelled
+                )
+            return self._place_all(reservation, reservation.begun, cancelled)
+        finally:
+            self._host.give_back(taken)
+
+    def _staying(self, reservation: Reservation, begun: Begun) -> list[PartSpec]:
+        """What a model needs in the host's memory all at once: where it is offloaded, or computed there."""
+        keys = begun.read if isinstance(reservation.ref, Offloaded) else begun.copy if self._tiers.shared else ()
+        return [spec for spec in reservation.specs if spec.key in keys]
+
+    def _place_all(self, reservation: Reservation, begun: Begun, cancelled: Callable[[], bool]) -> bool:
         came = deque[tuple[PartSpec, HostPart] | BaseException]()
         stop, changed = threading.Event(), self._tiers.changed
 
@@ -115,7 +131,7 @@ class Mover:
         reader = threading.Thread(target=read, name="read", daemon=True)
         reader.start()
         try:
-            for _ in reservation.begun.copy:
+            for _ in begun.copy:
                 with changed:
                     while not came:
                         if cancelled():

@@ -58,11 +58,13 @@ class HostPart:
         tensors: by the name that the module knows them by.
         bytes: that they take.
         module: instead of tensors, what a library has loaded.
+        read: they were read for this; else another worker had read them.
     """
 
     tensors: Mapping[str, torch.Tensor]
     bytes: int
     module: nn.Module | None = None
+    read: bool = True
 
 
 class Offloads(Protocol):

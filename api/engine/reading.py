@@ -33,7 +33,7 @@ _PIECES = 256
 _WARM_THREADS = 4
 _COLD_THREADS = 16
 _SAMPLES = 16
-_POPULATE_READ = 22
+POPULATE_READ = 22
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "lustre", "virtiofs", "glusterfs", "beegfs")
 
 _staging = Spare(_WARM_THREADS * (_BLOCK + 2 * PAGE))
@@ -73,14 +73,10 @@ def read(
         ApiError: MODEL_BROKEN.
         MemoryError: there is no room.
     """
-    stored = {name: (header, entry) for header in headers for name, entry in header.tensors.items()}
-    as_it_is = all(
-        slot.dtype == stored[slot.source][1].dtype and stored[slot.source][1].begin % slot.dtype.itemsize == 0
-        for slot in slots
-    )
+    stored = _stored(headers)
     # from a disk it is faster to read past the page cache, if there is memory already
     there = spare is not None and spare.fits(extent) and any(map(_is_cold, headers))
-    if shares and as_it_is and not there and not any(_is_remote(header.path) for header in headers):
+    if shares and not there and can_map(headers, slots):
         part = _mapped(headers, slots, stored)
         if spare is not None:
             spare.count(part, part.bytes)
@@ -88,7 +84,21 @@ def read(
     return copied(headers, slots, buffer(extent, pin, spare), extent)
 
 
+def _stored(headers: Sequence[Header]) -> dict[str, tuple[Header, Stored]]:
+    return {name: (header, entry) for header in headers for name, entry in header.tensors.items()}
+
+
 # --- mapped ---
+
+
+def can_map(headers: Sequence[Header], slots: Sequence[Slot]) -> bool:
+    """Whether files hold a part as it is to be, on this machine."""
+    stored = _stored(headers)
+    as_it_is = all(
+        slot.dtype == stored[slot.source][1].dtype and stored[slot.source][1].begin % slot.dtype.itemsize == 0
+        for slot in slots
+    )
+    return as_it_is and not any(_is_remote(header.path) for header in headers)
 
 
 def _mapped(
@@ -118,7 +128,7 @@ def _map(header: Header) -> mmap.mmap:
     # a page that cannot be read is an error here, and would be a signal that kills the process later; no MADV_HUGEPAGE:
     # a cold file took twice as long so on a virtual machine
     def bring(begin: int) -> None:
-        if number := advise(pages, begin, min(32 * _BLOCK, header.size - begin), _POPULATE_READ):
+        if number := advise(pages, begin, min(32 * _BLOCK, header.size - begin), POPULATE_READ):
             raise _fault(header.path, OSError(number, os.strerror(number)))
 
     with ThreadPoolExecutor(_WARM_THREADS, thread_name_prefix="map") as pool:

@@ -32,6 +32,7 @@ class Tiers:
     Attributes:
         peak: most bytes that were ever on the device.
         version: goes up with every change.
+        paused: nothing new is leased: another worker needs the host's memory.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Tiers:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.peak = self.version = 0
+        self.paused = False
         self._clock = clock
         self._books = Books(min(device_limit, host_limit) if shared else device_limit, host_limit, shared, capacity)
 
@@ -60,6 +62,11 @@ class Tiers:
     def host_limit(self) -> int:
         """Bytes that they may take in the host's memory."""
         return self._books.host_limit
+
+    @property
+    def shared(self) -> bool:
+        """Whether the device computes in the host's memory."""
+        return self._books.shared
 
     @property
     def device_bytes(self) -> int:
@@ -184,7 +191,7 @@ class Tiers:
     def hold(self, model: str) -> bool:
         """Lease a model if it can run."""
         with self.lock:
-            if not self.resident(model):
+            if self.paused or not self.resident(model):
                 return False
             self._lease(model)
             return True
@@ -235,6 +242,8 @@ class Tiers:
             NeverFits: not even then.
         """
         with self.lock:
+            if self.paused:
+                return None
             missing = [part for part in self._books.of(model) if part.device is State.ABSENT]
             leaving = eviction.for_model(self._books, model, missing, wanted, evict=evict)
             if leaving is None:
@@ -303,6 +312,8 @@ class Tiers:
             if part.host is State.COMING:
                 turn, part.reader = (Turn.BUSY if part.reader else Turn.READ), True
                 return turn, Moves()
+            if self.paused and ahead_of is not None:
+                return Turn.FULL, Moves()
             if (leaving := eviction.for_reading(self._books, part, ahead_of)) is None:
                 return Turn.FULL, Moves()
             moves = self._forget(leaving)
@@ -380,6 +391,19 @@ class Tiers:
             moves = self._forget(eviction.of_idle(self._books))
             self._settled()
             return moves
+
+    def let_go(self, size: int) -> Moves:
+        """Have so many bytes leave the host's memory, as far as nobody leases or pins them: another worker needs it."""
+        with self.lock:
+            moves = self._forget(eviction.letting_go(self._books, size))
+            self._settled()
+            return moves
+
+    def pause(self, paused: bool) -> None:
+        """Lease nothing new, or do so again."""
+        with self.lock:
+            self.paused = paused
+            self._settled()
 
     # --- entries ---
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from api.serverless.ahead import read_ahead
 from api.serverless.timeline import Timeline
+from api.service.host_memory import NAME
 from api.service.spawning import devices, spawn
 from api.settings import Settings
 
@@ -113,14 +114,22 @@ def _name_the_processor() -> None:
 def _alone() -> None:
     """In a process that the SDK forks from this one, to say that this one lives: it is to end with it, and no sooner.
 
-    A copy of the socket to a worker would keep that worker alive when this process is killed.
+    A copy of the socket to a worker would keep that worker alive when this process is killed, and one of the memory
+    that workers share would keep it when all of them have let go of it.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
-        if number > 2 and _is_socket(number):
+        if number > 2 and (_is_socket(number) or _is_memory(number)):
             os.close(number)
+
+
+def _is_memory(number: int) -> bool:
+    try:
+        return str(Path(f"/proc/self/fd/{number}").readlink()).startswith(f"/memfd:{NAME}")
+    except OSError:
+        return False
 
 
 def _is_socket(number: int) -> bool:

@@ -14,6 +14,8 @@ from api.order import Order
 from api.schema.generation import ModelRef
 from api.schema.messages import AboutJob, Cancel, Computed, Done, Due, Failed, Load
 from api.service.blame import Blame
+from api.service.host_keeper import HostKeeper
+from api.service.host_memory import is_possible
 from api.service.jobs import Job
 from api.service.placing import Placing
 from api.service.watch import Watch
@@ -47,6 +49,7 @@ class Dispatcher:
         initializing: models that are to be in memory from the start are still being fetched.
         expected: requests that wait for their model to be fetched: they count as queued.
         watch: told of jobs that are over.
+        keeper: of the host's memory that the workers share; None: there is one, or this kernel has no such memory.
     """
 
     def __init__(self, settings: Settings, devices: tuple[str, ...]) -> None:
@@ -57,8 +60,9 @@ class Dispatcher:
         self.watch = Watch()
         self._warm: list[Load] = []
         self._jobs: dict[str, Job] = {}
+        self.keeper = HostKeeper() if len(devices) > 1 and is_possible() else None
         self.workers = [
-            Worker(device, settings.watchdog_timeout, self._on_message, self._on_state, len(devices))
+            Worker(device, settings.watchdog_timeout, self._on_message, self._on_state, len(devices), self.keeper)
             for device in devices
         ]
         self._seconds = _FIRST_GUESS
@@ -69,6 +73,8 @@ class Dispatcher:
 
     def start(self) -> None:
         """Start every worker."""
+        if self.keeper:
+            self.keeper.start()
         for worker in self.workers:
             worker.start()
 
@@ -83,6 +89,8 @@ class Dispatcher:
         for job in list(self._jobs.values()):
             self._finish(job, ApiError("NOT_READY", "The server shut down before the job was done; send it again."))
         await asyncio.gather(*(worker.stop() for worker in self.workers))
+        if self.keeper:
+            await asyncio.to_thread(self.keeper.stop)
 
     @property
     def queued(self) -> int:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from api.service.host_memory import is_possible, pair
 from api.settings import Settings
 
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
@@ -35,11 +36,13 @@ class Spawned:
     Args:
         process: just started.
         sock: our end.
+        tier: the keeper's end of what it is told of the host tier by; None: the worker shares none.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, tier: socket.socket | None) -> None:
         self._process = process
         self.sock = sock
+        self.tier = tier
 
     @property
     def pid(self) -> int:
@@ -77,9 +80,17 @@ def devices(settings: Settings) -> tuple[str, ...]:
     return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
 
 
-def command(device: str, number: int, workers: int) -> list[str]:
-    """What to start for a device, with the descriptor of its socket; ``workers`` share the host's memory."""
-    return [sys.executable, "-m", "api.worker", str(number), device, "--workers", str(workers)]
+def command(device: str, number: int, workers: int, tier: int | None = None) -> list[str]:
+    """What to start for a device.
+
+    Args:
+        device: e.g. ``cuda:0`` or ``cpu``.
+        number: the descriptor of its socket.
+        workers: how many share the host's memory.
+        tier: the descriptor of its socket to the keeper of that; None: each has a part of its own.
+    """
+    shares = [] if tier is None else ["--host-tier", str(tier)]
+    return [sys.executable, "-m", "api.worker", str(number), device, "--workers", str(workers), *shares]
 
 
 def environment() -> dict[str, str]:
@@ -97,16 +108,22 @@ def spawn(device: str, workers: int) -> Spawned:
     Raises:
         OSError: there are no descriptors, or no memory.
     """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            process = subprocess.Popen(
-                command(device, theirs.fileno(), workers),
-                pass_fds=(theirs.fileno(),),
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-            )
-        except BaseException:
-            ours.close()
-            raise
-    return Spawned(process, ours)
+    ours, link = socket.socketpair()
+    tier, keeps = pair() if workers > 1 and is_possible() else (None, None)
+    theirs = [link, keeps] if keeps else [link]
+    try:
+        process = subprocess.Popen(
+            command(device, link.fileno(), workers, *([keeps.fileno()] if keeps else [])),
+            pass_fds=[sock.fileno() for sock in theirs],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+        )
+    except BaseException:
+        ours.close()
+        if tier:
+            tier.close()
+        raise
+    finally:
+        for sock in theirs:
+            sock.close()
+    return Spawned(process, ours, tier)

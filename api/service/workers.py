@@ -38,6 +38,7 @@ from api.schema.messages import (
     frame,
     parse_from_worker,
 )
+from api.service.host_keeper import HostKeeper
 from api.service.spawning import Spawned, command, environment
 
 log = logging.getLogger("api.workers")
@@ -72,6 +73,7 @@ class Worker:
         on_message: called with every message about a job.
         on_state: called when the worker becomes ready or dies; ``worker.ready`` says which.
         workers: how many share the host's memory.
+        keeper: of what they share of it; None: each has a part of its own.
 
     Attributes:
         running: ids of the jobs that share the device.
@@ -94,8 +96,10 @@ class Worker:
         on_message: Callable[[Worker, AboutJob], None],
         on_state: Callable[[Worker], None],
         workers: int = 1,
+        keeper: HostKeeper | None = None,
     ) -> None:
         self.device = device
+        self._keeper = keeper
         self.info: Ready | None = None
         self.models: dict[str, Held] = {}
         self.memory: Memory | None = None
@@ -304,12 +308,18 @@ class Worker:
         """The next incarnation, and our end of its socket."""
         if self.spawned is not None:
             first, self.spawned = self.spawned, None
+            if self._keeper and first.tier:
+                self._keeper.attach(first.tier)
             return first, first.sock
         ours, theirs = socket.socketpair()
-        with theirs:
+        with contextlib.ExitStack() as given:
+            sockets = [given.enter_context(theirs)]
+            if self._keeper:
+                sockets.append(given.enter_context(self._keeper.connect()))
+            numbers = [sock.fileno() for sock in sockets]
             process = await asyncio.create_subprocess_exec(
-                *command(self.device, theirs.fileno(), self._workers),
-                pass_fds=(theirs.fileno(),),
+                *command(self.device, numbers[0], self._workers, *numbers[1:]),
+                pass_fds=numbers,
                 env=environment(),
                 stdin=asyncio.subprocess.DEVNULL,
             )

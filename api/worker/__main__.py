@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("fd", type=int)
     parser.add_argument("device")
     parser.add_argument("--workers", type=int, default=1, help="how many share the host's memory")
+    parser.add_argument("--host-tier", type=int, help="the socket to who keeps it for them; else each has its part")
     args = parser.parse_args()
     settings = Settings.from_env()
     logs.configure(settings.log_format, settings.log_level)
@@ -94,10 +95,15 @@ def main() -> None:
     from api.engine.generate import Engine
     from api.engine.settled import settle
     from api.engine.spent import SPANS
+    from api.worker.host_link import HostLink
     from api.worker.worker import Worker
 
     _quiet_libraries()
-    limits = budgets(settings.vram_limit, settings.ram_limit, device.memory(), host_memory(), args.workers)
+    tier = HostLink(socket.socket(fileno=args.host_tier)) if args.host_tier is not None else None
+    found, measured = device.memory(), host_memory()
+    limits = budgets(settings.vram_limit, settings.ram_limit, found, measured, 1 if tier else args.workers)
+    if tier:
+        limits = budgets(settings.vram_limit, tier.settle(limits.host), found, measured, settled=True)
     engine = Engine(
         device,
         limits,
@@ -108,12 +114,14 @@ def main() -> None:
         attention=settle(device, settings.state_dir),
         compiled=settings.compile,
         compile_cache=Path(settings.compile_cache or settings.state_dir / "compile").expanduser(),
+        tier=tier,
     )
     started = time.perf_counter()
     init_ms = round((started - began) * 1000)
     gc.freeze()
     gc.enable()
-    worker = Worker(link, engine, settings.max_concurrency, init_ms)
+    waits = (lambda: tier.waiting > 0 or engine.cache.tiers.paused) if tier else (lambda: False)
+    worker = Worker(link, engine, settings.max_concurrency, init_ms, waits)
     worker.tell_alive()
     while not link.inbox.empty():
         first = link.inbox.get()

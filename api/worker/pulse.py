@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from api.engine.executor import Executor
@@ -26,10 +26,12 @@ class Pulse:
 
     Args:
         executor: of the device.
+        elsewhere: whether somebody waits for another worker, which has a watch of its own.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, elsewhere: Callable[[], bool] = lambda: False) -> None:
         self._executor = executor
+        self._elsewhere = elsewhere
         self._lock = threading.Lock()
         self._working = 0
         self._begun = 0
@@ -53,7 +55,7 @@ class Pulse:
         now, executor = time.monotonic(), self._executor
         calling, astray = executor.since, executor.astray
         seen = (executor.calls, executor.runs, self._begun, self._working, calling)
-        if seen != self._seen or not self._working:
+        if seen != self._seen or not self._working or self._elsewhere():
             self._seen, self._moved = seen, now
         # while the device makes a call, all may wait for it: then its own clock counts
         clocks = [calling if calling is not None else self._moved, astray]

@@ -96,13 +96,16 @@ class Worker:
         engine: what runs them.
         slots: requests at once.
         init_ms: how long the start took; told once.
+        elsewhere: whether somebody waits for another worker.
     """
 
-    def __init__(self, link: Link, engine: Engine, slots: int, init_ms: int) -> None:
+    def __init__(
+        self, link: Link, engine: Engine, slots: int, init_ms: int, elsewhere: Callable[[], bool] = lambda: False
+    ) -> None:
         self._link = link
         self._engine = engine
         self._init_ms: int | None = init_ms
-        self._pulse = Pulse(engine.executor)
+        self._pulse = Pulse(engine.executor, elsewhere)
         self._jobs = ThreadPoolExecutor(slots, thread_name_prefix="job")
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
         self._loads = ThreadPoolExecutor(1, thread_name_prefix="load")

@@ -42,8 +42,8 @@ def test_a_switch_reads_into_the_memory_of_the_model_that_left(
     size = sum(spec.bytes for spec in PartLoader(device).parts(models[0]))
     books, pages = int(size * 2.1), 3 * size  # two models, and what they take in whole pages
     fresh: list[int] = []
-    of = buffers._Pages.of
-    monkeypatch.setattr(buffers._Pages, "of", lambda size, pin: fresh.append(size) or of(size, pin))
+    of = buffers.Pages.of
+    monkeypatch.setattr(buffers.Pages, "of", lambda size, pin: fresh.append(size) or of(size, pin))
     engine = Engine(device, Budgets(books, books, shared=True), PartLoader(device, pages))
     spare = engine.cache.loader._spare  # type: ignore[attr-defined]
     try:
