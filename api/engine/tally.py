@@ -65,7 +65,7 @@ class Tally:
         """Weights were moved.
 
         Args:
-            way: ``read`` or ``copy``.
+            way: ``read``, ``share`` or ``copy``.
             size: bytes.
             seconds: that it took.
         """

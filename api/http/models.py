@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import unquote
 
@@ -39,7 +40,8 @@ async def list_models(request: Request) -> HTTPResponse:
     entries = [_entry(service, model) for model in (*models, *others)]
     found = await asyncio.to_thread(upscaling.listed, service.library, service.dispatcher.workers)
     upscalers = [_upscaler(service, each) for each in found]
-    return json({"models": entries, "upscalers": upscalers, "transfers": transfers, "memory": _memory(service)})
+    memory = {"memory": _memory(service), "host": _host(service)}
+    return json({"models": entries, "upscalers": upscalers, "transfers": transfers, **memory})
 
 
 async def schema(request: Request, model_id: str) -> HTTPResponse:
@@ -52,14 +54,20 @@ async def load(request: Request) -> HTTPResponse:
     """Bring a model into memory; answered when it is there."""
     service: Service = request.app.ctx.service
     held = await memory.load(service, parse_object(request.body))
-    return json({**_residence(held), "memory": _memory(service)})
+    return json({**_residence(service, held), "memory": _memory(service)})
 
 
 async def unload(request: Request) -> HTTPResponse:
     """Have a model leave memory; what jobs still use leaves when they are done."""
     service: Service = request.app.ctx.service
     held = await memory.unload(service, parse_object(request.body or b"{}"))
-    return json({**_residence(held), "memory": _memory(service)})
+    return json({**_residence(service, held), "memory": _memory(service)})
+
+
+def _host(service: Service) -> dict[str, int] | None:
+    """Bytes of the host's memory that workers share, each part counted once; None: they share none."""
+    keeper = service.dispatcher.keeper
+    return asdict(keeper.use()) if keeper else None
 
 
 def _memory(service: Service) -> list[dict[str, object]]:
@@ -75,12 +83,14 @@ def _memory(service: Service) -> list[dict[str, object]]:
     ]
 
 
-def _residence(found: list[Held]) -> dict[str, Any]:
-    """Where a model's weights are: its highest tier on any worker, bytes on all of them."""
+def _residence(service: Service, found: list[Held]) -> dict[str, Any]:
+    """Where a model's weights are: its highest tier on any worker, bytes on all; what they share counts once."""
     used = max((held.used for held in found), default=0.0)
+    hosts = [held.host for held in found]
+    host = max(hosts, default=0) if service.dispatcher.keeper else sum(hosts)
     return {
         "tier": min((held.tier for held in found), key=_TIERS.index, default="disk"),
-        "bytes": {"host": sum(held.host for held in found), "device": sum(held.device for held in found)},
+        "bytes": {"host": host, "device": sum(held.device for held in found)},
         "leases": sum(held.leases for held in found),
         "last_used": round(used * 1000) if used else None,
         "pinned": next((held.pin for held in found if held.pin), None),
@@ -89,7 +99,7 @@ def _residence(found: list[Held]) -> dict[str, Any]:
 
 def _entry(service: Service, model: InstalledModel | ModelRef) -> dict[str, object]:
     files = str(model.folder), model.revision
-    residence = _residence(memory.held(service.dispatcher.workers, lambda ref: memory.files_of(ref) == files))
+    residence = _residence(service, memory.held(service.dispatcher.workers, lambda ref: memory.files_of(ref) == files))
     return {
         "MODEL_ID": model.model_id,
         "MODEL_REVISION": model.revision,

@@ -64,7 +64,7 @@ class Counts(msgspec.Struct):
         calls: by class and method, such as ``UNet2DConditionModel.forward``.
         steps: seconds between two denoising steps of a job, by its pipeline's class.
         loads: seconds until a model was on the device, by where it came from (``SOURCES``).
-        moved_bytes: by way: ``read`` from the disk, ``copy`` to the device.
+        moved_bytes: by way: ``read`` from the disk, ``share`` where another worker had read it, ``copy`` to the device.
         moved_seconds: that this took.
         evictions: parts of models that left a tier, by tier.
         switches: requests that waited until a model was brought onto the device.

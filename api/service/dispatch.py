@@ -239,9 +239,16 @@ class Dispatcher:
 
     def _give(self, job: Job, free: list[Worker]) -> None:
         key = job.request.model.key
+        # what is in the host's memory that workers share is as near to each of them
         worker = max(
             free,
-            key=lambda w: (w.has(key, "device"), w.has(key, "host"), job.request.model in w.staged, w.free),
+            key=lambda w: (
+                w.has(key, "device"),
+                not self.keeper and w.has(key, "host"),
+                not self.keeper and job.request.model in w.staged,
+                w.free,
+                w.has(key, "host"),
+            ),
         )
         job.start()
         worker.alone = job.alone

@@ -84,12 +84,20 @@ _ALL = (
     _gauge("models", ("device", "tier"), "Models, by the highest tier that has all of them: `device`, `host`, `disk`."),
     _gauge("tier_bytes", ("device", "tier"), "What models take; what they share is counted once."),
     _gauge("tier_limit_bytes", ("device", "tier"), "The budget: `VRAM_LIMIT`, `RAM_LIMIT`, or what was measured."),
+    _gauge(
+        "host_tier_bytes", ("state",), "With several workers, all together: `held` by one of them, or `kept` for later."
+    ),
+    _gauge("host_tier_limit_bytes", (), "What these may be: `RAM_LIMIT`, or what was measured."),
     _gauge("tier_peak_bytes", ("device",), "The most that models ever took on the device."),
     _counter("switches", ("device",), "Requests that waited until their model was brought onto the device."),
     _histogram(
         "load_seconds", ("device", "source"), "Bringing a model onto the device, from `disk` or `host`.", SECONDS
     ),
-    _counter("moved_bytes", ("device", "way"), "Weights that were moved: `read` from the disk, `copy` to the device."),
+    _counter(
+        "moved_bytes",
+        ("device", "way"),
+        "Weights that were moved: `read` from the disk, `share` by another worker, `copy` to the device.",
+    ),
     _counter("moved_seconds", ("device", "way"), "What that took; with the bytes it gives the rate."),
     _counter("evictions", ("device", "tier"), "Parts of models (a UNet, a text encoder) that left a tier."),
     _counter("out_of_memory", ("device", "answer"), "Lacks of the device's memory, by what was done about it."),

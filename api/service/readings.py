@@ -63,6 +63,11 @@ def readings(service: Service, volume_free: int | None, owner: str | None = None
     """
     sheet = _Sheet()
     _queue(sheet, service)
+    if keeper := service.dispatcher.keeper:
+        use = keeper.use()
+        sheet.put("host_tier_bytes", use.held, "held")
+        sheet.put("host_tier_bytes", use.kept, "kept")
+        sheet.put("host_tier_limit_bytes", use.limit)
     for worker in service.dispatcher.workers:
         _worker(sheet, worker)
         _tiers(sheet, worker)

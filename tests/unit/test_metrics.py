@@ -68,6 +68,7 @@ async def test_what_is_exposed_is_what_is_documented(tmp_path: Path, monkeypatch
         service: Any = it.service
         service.usage.snapshot = lambda: [a_usage("me")]
         service.webhooks.counts = lambda: {"pending": 1, "failed": 2, "delivered": 3}
+        service.dispatcher.keeper = SimpleNamespace(use=lambda: Use(1, 2, 3), stop=lambda: None)
         (worker,) = service.dispatcher.workers
         worker._receive(Counted(some_counts(), DeviceMemory(1, 2, 3)))
         worker._receive(Loaded({"a": Held(ref_of("a"), "host", 0, 7, 0, "", 0.0)}, Memory(1, 2, 3, 4, 5)))

@@ -44,6 +44,12 @@ _MEMORY = array(
     ),
     description="how full each worker's memory is",
 )
+_HOST = maybe(
+    obj(
+        {"held": whole("of what a worker has"), "kept": whole("of what none has now"), "limit": whole()},
+        description="bytes of the host's memory that several workers share, each part counted once",
+    )
+)
 _MODEL = obj(
     {
         "MODEL_ID": text(),
@@ -91,9 +97,12 @@ def operations(_: Settings) -> Operations:
     """All of them."""
     named = _named()
     listing = obj(
-        {"models": array(_MODEL), "upscalers": array(_UPSCALER), "transfers": array(ref("Transfer")), "memory": _MEMORY}
-    )
-    listed = {"models": [_MODEL_EXAMPLE], "upscalers": [], "transfers": [], "memory": _ROOM}
+        {
+            "models": array(_MODEL), "upscalers": array(_UPSCALER), "transfers": array(ref("Transfer")),
+            "memory": _MEMORY, "host": _HOST,
+        }
+    )  # fmt: skip
+    listed = {"models": [_MODEL_EXAMPLE], "upscalers": [], "transfers": [], "memory": _ROOM, "host": None}
     return {
         "GET /models": Operation(
             id="listModels",
