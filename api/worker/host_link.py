@@ -40,7 +40,7 @@ log = logging.getLogger("api.worker")
 
 _LOOK = 0.2
 """Seconds after which one who waits looks whether it still has to."""
-_PATIENCE = 300.0
+_PATIENCE = 150.0
 """Seconds that jobs of other workers may hold the room that one needs."""
 
 _Answer = Settled | Granted | Later | Refused | Opened

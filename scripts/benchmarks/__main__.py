@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from api.service.spawning import PREFERENCES
-from scripts.benchmarks import batching, coldstart, encode, fetch, overhead, prompts, startup, switch
+from scripts.benchmarks import batching, coldstart, encode, fetch, overhead, prompts, sharing, startup, switch
 from scripts.benchmarks.measure import Figure
 
 BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
     "fetch": fetch.run,
     "switch": switch.run,
     "prompts": prompts.run,
+    "sharing": sharing.run,
 }
 
 

@@ -96,9 +96,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.mark.slow
-def test_two_processes_have_one_copy_read_once(
-    folder: Path, expected: dict[str, np.ndarray], tmp_path: Path
-) -> None:
+def test_two_processes_have_one_copy_read_once(folder: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
     with running(environ(folder), tmp_path / "server.log") as server:
         wait_for_all(server)
         everywhere(server, "half/0")

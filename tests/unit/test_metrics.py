@@ -8,6 +8,7 @@ import random
 import re
 import string
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from api.schema.counts import JOBS, SECONDS, Calls, Counts, DeviceMemory, Spread
 from api.schema.messages import Counted, Held, Loaded, Memory, frame, parse_from_worker
 from api.schema.transfers import Transfer
 from api.service.families import FAMILIES, PREFIX
+from api.service.host_keeper import Use
 from api.service.service import Service
 from api.settings import Settings
 from tests.playing import Playing, playing
