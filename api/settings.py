@@ -237,7 +237,7 @@ class Settings:
         "VRAM_LIMIT", "", _budget, "what models may take on a device: 20GiB, 80%; empty: three quarters of what is free"
     )
     ram_limit: int | float | None = _variable(
-        "RAM_LIMIT", "", _budget, "what models may take in RAM, devices together, which share it: 40GiB, 60%; empty: half of it"
+        "RAM_LIMIT", "", _budget, "what models may take in RAM, all devices together: 40GiB, 60%; empty: half of it"
     )
     model_idle_timeout: float = _variable(
         "MODEL_IDLE_TIMEOUT", "0", _seconds_or_never, "seconds after which an unused model leaves the device; 0: never"

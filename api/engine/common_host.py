@@ -36,6 +36,11 @@ _PAUSE = 0.2
 """Seconds after which room is claimed again that was refused because it was another worker's turn."""
 
 
+_IN_VAIN, _COLLECT = 4, 40
+"""How often in a row this worker is asked in vain before it looks for garbage, which stops all else for a moment; and
+when it does so again."""
+
+
 class Room(Enum):
     """The answer to a claim."""
 
@@ -235,12 +240,12 @@ def _view(descriptor: int, size: int, pin: bool) -> Pages:
 def share(cache: ModelCache, tier: HostTier, named: Callable[[PartSpec], str]) -> None:
     """Have a cache keep its host copies in the tier, and let go of them when another worker needs the room."""
     cache.rooms = Rooms(tier, named)
-    collected = 0.0
+    in_vain = 0
 
     def let_go(size: int) -> None:
-        nonlocal collected
-        if cache.let_go(size) or time.monotonic() - collected > 5:
-            gc.collect()  # memory that objects hold in a ring
-            collected = time.monotonic()
+        nonlocal in_vain
+        in_vain = 0 if cache.let_go(size) else in_vain + 1
+        if in_vain % _COLLECT == _IN_VAIN:
+            gc.collect()  # what left the books may be held by objects in a ring
 
     tier.on_let_go, tier.on_pause = let_go, cache.pause
