@@ -88,3 +88,9 @@ def test_on_a_cpu_both_tiers_are_the_same_memory(vram: int | None, ram: int | No
 
 def test_workers_share_the_hosts_memory() -> None:
     assert budgets(None, None, None, Memory(80 * GB, 80 * GB), workers=4).host == 10 * GB
+
+
+def test_what_all_workers_may_take_is_settled_once() -> None:
+    """One that starts again finds less memory free: what it lacks is what the others, or it before, have taken."""
+    found = budgets(None, 3 * 2**30, None, Memory(8 * 2**30, 2**30), workers=4, settled=True)
+    assert (found.host, found.device) == (3 * 2**30, 3 * 2**30)

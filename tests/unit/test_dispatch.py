@@ -379,3 +379,18 @@ async def test_what_is_run_in_another_way_is_not_blamed_for_a_death(other: dict[
     assert one.fingerprint == again.fingerprint
     another = Job(msgspec.structs.replace(again.request, **other))
     assert another.fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("shares", [True, False])
+async def test_what_lies_in_memory_that_workers_share_is_as_near_to_all(shares: bool) -> None:
+    pool = Pool(count=2, slots=2)
+    if not shares:
+        pool.dispatcher.keeper = None
+    one = pool.workers[0]
+    held = {
+        ref_of("a").key: Held(ref_of("a"), "host", 0, 1, 0, "", 0.0),
+        ref_of("b").key: Held(ref_of("b"), "device", 1, 1, 0, "", 0.0),
+    }
+    pool.says(one, Loaded(held, Memory(1, 2, 1, 1, 2)))
+    pool.submit(a_job("busy", "b"), a_job("job"))
+    assert pool.running() == ([{"busy"}, {"job"}] if shares else [{"busy", "job"}, set()])

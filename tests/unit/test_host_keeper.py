@@ -24,6 +24,9 @@ from api.engine.device import Device
 from api.engine.generate import Engine
 from api.errors import ApiError
 from api.schema.generation import ModelRef
+from api.service.dispatch import Dispatcher
+from api.service.spawning import command
+from api.settings import Settings
 from tests.sharing import cast_model, draw, sharing
 
 
@@ -249,3 +252,18 @@ def test_readers_of_one_worker_do_not_hear_of_another(models: list[ModelRef]) ->
         one.claim({"a": 8192}, wait=False, over=lambda: False)
         with pytest.raises(MemoryError):
             two.open("a", 8192)
+
+
+def test_without_such_memory_each_worker_has_a_part_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(38, "Function not implemented")
+
+    settings = Settings.from_env({"MAX_CONCURRENCY": "1"})
+    assert Dispatcher(settings, ("cpu", "cpu")).keeper is not None
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    assert Dispatcher(settings, ("cpu", "cpu")).keeper is None
+    assert command("cpu", 7, 2)[-2:] == ["--workers", "2"]
+
+
+def test_one_worker_shares_with_nobody() -> None:
+    assert Dispatcher(Settings.from_env({}), ("cpu",)).keeper is None
