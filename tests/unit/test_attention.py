@@ -190,7 +190,7 @@ def test_what_a_request_says_wins() -> None:
 # --- several at once ---
 
 
-@pytest.mark.parametrize("kind", ["sd", "flux"])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("flux", marks=pytest.mark.slow)])
 def test_jobs_with_different_kernels_do_not_disturb_each_other(
     kind: str, models: dict[str, ModelRef], engine: Engine, kernel: Kernel
 ) -> None:
@@ -227,17 +227,18 @@ def test_jobs_with_the_same_kernels_are_merged(models: dict[str, ModelRef], engi
     assert max(shape[0] for shape in kernel.calls) > 2  # more than one request with guidance
 
 
-def test_weights_that_come_and_go_have_the_kernels_too(models: dict[str, ModelRef], kernel: Kernel) -> None:
+@pytest.mark.parametrize("kind", ["flux", pytest.param("sd", marks=pytest.mark.slow)])
+def test_weights_that_come_and_go_have_the_kernels_too(kind: str, models: dict[str, ModelRef], kernel: Kernel) -> None:
     engine = Engine(Apart(), embeddings_limit=0)
-    for kind in ("sd", "flux"):
-        expected = engine.generate(asking(models[kind], "flash")).images
-        for way in ("model", "sequential"):
-            done = engine.generate(asking(models[kind], "flash", offload=way))
-            assert (done.meta["attention"], done.meta["placement"]) == ("flash", way)
-            assert np.array_equal(done.images, expected)
+    expected = engine.generate(asking(models[kind], "flash")).images
+    for way in ("model", "sequential"):
+        done = engine.generate(asking(models[kind], "flash", offload=way))
+        assert (done.meta["attention"], done.meta["placement"]) == ("flash", way)
+        assert np.array_equal(done.images, expected)
     engine.close()
 
 
+@pytest.mark.slow
 def test_adapters_go_with_the_kernels(tmp_path: Path, engine: Engine, kernel: Kernel) -> None:
     save_tiny(tmp_path / "model")
     save_image_encoder(tmp_path / "image_encoder", 3)
