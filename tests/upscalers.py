@@ -36,6 +36,16 @@ def compact(seed: int = 0, scale: int = 2, channels: int = 3) -> torch.nn.Module
     return _spread_out(net, gain=0.6)
 
 
+def swin(seed: int = 0) -> torch.nn.Module:
+    """A SwinIR of two layers: it looks through windows, asks for 16 pixels at least, and is not to be given pieces."""
+    import_spandrel()
+    from spandrel.architectures.SwinIR import SwinIR
+
+    torch.manual_seed(seed)
+    how = {"img_size": 16, "window_size": 8, "mlp_ratio": 2, "upsampler": "pixelshuffle", "resi_connection": "1conv"}
+    return SwinIR(upscale=2, in_chans=3, img_range=1.0, depths=[2, 2], embed_dim=12, num_heads=[2, 2], **how).eval()
+
+
 def repeating(scale: int = 4) -> torch.nn.Module:
     """A compact network whose own part adds nothing: what is left is each pixel, repeated."""
     net = compact(scale=scale)

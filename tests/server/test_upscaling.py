@@ -158,6 +158,7 @@ def test_a_picture_keeps_its_opacity(world: World) -> None:
     assert Image.open(io.BytesIO(base64.b64decode(jpeg.json()["image_base64"]))).mode == "RGB"
 
 
+@pytest.mark.slow
 def test_beside_image_jobs(world: World) -> None:
     """Eight at once: each as alone."""
     pictures = [a_picture(90, 120, seed=n) for n in range(4)]

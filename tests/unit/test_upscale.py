@@ -171,6 +171,19 @@ def test_it_takes_what_its_header_says(engine: Engine, files: dict[str, Path]) -
     assert half.dtype(torch.float64) == torch.float32
 
 
+def test_an_architecture_that_is_not_to_be_cut(engine: Engine, tmp_path: Path) -> None:
+    path = upscalers.save(upscalers.swin(), tmp_path / "swin.safetensors")
+    (spec,) = engine.cache.parts(ref_of(path))
+    kind = kind_of(path)
+    assert (kind.tiles, kind.dtype(torch.float16)) == (False, torch.float32)
+    for size in ((100, 90), (9, 30)):
+        picture = a_picture(*size)
+        made, said = engine.upscaling.run(picture[None], Order(upscale_by(path, tile=64)))
+        assert said["upscaler"]["pieces"] == [1, 1]
+        assert np.array_equal(made[0], plainly(path, picture))
+    assert engine.cache.sizes()[ref_of(path).key] == spec.bytes
+
+
 def test_upscalers_make_room_for_each_other(tmp_path: Path) -> None:
     paths = [upscalers.save(upscalers.compact(n), tmp_path / f"{n}.safetensors") for n in range(4)]
     one = kind_of(paths[0]).floats * 4
