@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from api.engine.buffers import Pages, advise, pin_pages, protect, whole_pages
-from api.engine.headers import Header, file_identity
+from api.engine.headers import file_identity
 from api.engine.parts import PartSpec
-from api.engine.reading import POPULATE_READ, BufferPart, copied
+from api.engine.reading import POPULATE_READ, BufferPart
 from api.engine.skeletons import Slot
 
 if TYPE_CHECKING:
@@ -157,14 +157,15 @@ class Rooms:
             return True
 
 
-def name_of(spec: PartSpec, *, mapped: bool) -> str:
+def name_of(spec: PartSpec, *, own: bool, mapped: bool) -> str:
     """What a part is called in the tier: what is one name takes its bytes once.
 
     Args:
         spec: which part.
+        own: a library makes its module, in memory of its own.
         mapped: it is pages of its files.
     """
-    if spec.by_library:
+    if own:
         return f"{spec.key}/{os.getpid()}"  # memory of this process alone
     if mapped:
         files = repr(spec.identities or tuple(map(file_identity, spec.files)))
@@ -175,23 +176,21 @@ def name_of(spec: PartSpec, *, mapped: bool) -> str:
 def read_common(
     tier: HostTier,
     name: str,
-    headers: Sequence[Header],
     slots: Sequence[Slot],
     extent: int,
+    fill: Callable[[torch.Tensor], object],
     *,
     pin: bool,
-    check: Callable[[], None],
 ) -> BufferPart:
     """A part in the tier: read there by this worker, or mapped as another one has read it.
 
     Args:
         tier: that has room for it.
         name: of the part.
-        headers: of its files.
         slots: where each tensor goes.
         extent: bytes of a buffer for them.
+        fill: reads it into such a buffer; raises where the files are not those any more that the name was made of.
         pin: make the memory such that a GPU copies from it by itself.
-        check: raises where the files are not those any more that the name was made of.
 
     Raises:
         ApiError: MODEL_BROKEN.
@@ -206,8 +205,7 @@ def read_common(
             try:
                 pages = Pages.over(descriptor, size, mmap.MAP_SHARED)
                 advise(pages, 0, size, mmap.MADV_HUGEPAGE)
-                copied(headers, slots, torch.frombuffer(pages, dtype=torch.uint8), extent)
-                check()
+                fill(torch.frombuffer(pages, dtype=torch.uint8)[:extent])
             except BaseException:
                 tier.read(name, well=False)
                 raise

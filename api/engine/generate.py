@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,45 +13,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from api.engine import layout, lossy
-from api.engine.adapters import Adapters, without_scale
+from api.engine import lossy
+from api.engine.adapters import Adapters
 from api.engine.attempts import Attempts, Job, OnPhase, OnStep, Ran, is_short
-from api.engine.attention import components_with
 from api.engine.budgets import Budgets, budgets, host_memory
 from api.engine.cache import ModelCache
-from api.engine.calling import call, images_of, shape_of, to_uint8
-from api.engine.calls import Cancelled, Ticket
 from api.engine.common_host import HostTier, share
-from api.engine.compiled.blocks import Blocks, NotPrepared, choose
+from api.engine.compiled.blocks import Blocks
 from api.engine.compiled.graphs import Backend, CudaBackend, Graphs
-from api.engine.controlnets import picture_arguments
 from api.engine.device import Device
 from api.engine.embeddings import Embeddings
 from api.engine.executor import Executor
-from api.engine.extras import Extras
-from api.engine.flows import Flows, empty, pictures_of, planned, resumed, states, told_of
+from api.engine.flows import Flows, planned, told_of
 from api.engine.ip_adapters import clear as clear_ip_adapters
-from api.engine.ip_adapters import ip_arguments, with_ip_adapters
 from api.engine.line import Line, out_of_memory
-from api.engine.loader import LoadedModel, PartLoader
+from api.engine.loader import PartLoader
 from api.engine.offload import held_as
 from api.engine.parts import Loader
 from api.engine.peaks import Peaks
-from api.engine.pipelines import make_pipeline
-from api.engine.placement import Build, about, codec_of, placed, weights_of
-from api.engine.preview import OnPreview, Previews
-from api.engine.prompts import understand
-from api.engine.refusals import refused_inputs
-from api.engine.schedulers import refused_by
+from api.engine.placement import Build, about, codec_of, weights_of
+from api.engine.preview import OnPreview
+from api.engine.run import Runner
 from api.engine.staging import Stager
-from api.engine.step_cache import StepCaching
 from api.engine.tally import Tally
 from api.engine.tiers import Tiers
-from api.engine.truncation import cut_off
 from api.engine.upscale import Order, Upscaling
-from api.engine.views import view
 from api.errors import ApiError
-from api.schema.attention import LOSSY
 from api.schema.generation import WEIGHTS, GenerationRequest, ModelRef
 from api.schema.messages import Planned
 
@@ -121,7 +106,6 @@ class Engine:
         recorder: Backend | None = None,
         tier: HostTier | None = None,
     ) -> None:
-        self.attention = attention
         self.device = device
         found = device.memory()
         self.peaks = Peaks(device.meter(), found.free if found else None)
@@ -145,15 +129,17 @@ class Engine:
         self.embeddings = Embeddings(embeddings_limit)
         self.cache.on_clear, self.cache.on_leave = self._clear, self._left
         self.line = Line(self.cache, longest_wait)
-        self.attempts = Attempts(self.cache, self.line, device, self._run_as_chosen, limits.strict, self._foresees)
-        self.flows = Flows(self.attempts, self.line)
-        self.upscaling = Upscaling(device, executor, self.cache, self.line, self.attempts.company)
-        self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
-        self.line.on_change = self.stager.poke
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self.blocks: Blocks | None = None
         if compile_cache and compiled in ("blocks", "both"):
             self.blocks = Blocks(device.torch, compile_cache, self.versions, executor.on_device, self.tally)
+        given = self.adapters, self.embeddings, self.blocks, self.graphs
+        runner = Runner(device, executor, self.tally, attention, *given)
+        self.attempts = Attempts(self.cache, self.line, device, runner.run, limits.strict, self._foresees)
+        self.flows = Flows(self.attempts, self.line)
+        self.upscaling = Upscaling(device, executor, self.cache, self.line, self.attempts.company)
+        self.stager = Stager(self.cache, self.line.wishes, idle_timeout)
+        self.line.on_change = self.stager.poke
 
     def _clear(self) -> bool:
         """Forget what the device holds beside models for jobs to come; whether there was anything."""
@@ -325,76 +311,6 @@ class Engine:
         extras = {name: extra for run in runs for name, extra in run.extras.items()}
         return Generated(images, meta | told, timings | more, runs[-1].nsfw, extras)
 
-    def _run_as_chosen(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
-        if self.blocks is None:
-            return self._run(model, job, ticket, placement)
-        return self.blocks.run(self._run, model, job, ticket, placement)
-
-    def _run(self, model: LoadedModel, job: Job, ticket: Ticket, placement: str) -> Ran:
-        request, cancelled, on_step, on_preview = job.request, job.cancelled, job.on_step, job.on_preview
-        with self.executor.job(ticket), torch.no_grad(), StepCaching(request.step_cache) as stepping:
-            parts, used = components_with(model, request.attention, self.attention, self.executor.on_device)
-            parts = with_ip_adapters(placed(model, parts, used, placement), request.ip_adapters)
-            parts, told = self.adapters.applied(model, parts, used, request)
-            parts, code = choose(self.blocks, self.graphs, model, parts, used, job, placement)
-            parts, told = stepping.applied(parts), {**told, **lossy.told_of(model, request)}
-            generator = resumed(make_generators(request.seed), job.random)
-            seed, known = first_seed(request.seed), self.embeddings
-            seen = {name: view(part, self.executor, ticket, seed, known) for name, part in parts.items()}
-            pipe = make_pipeline(model, seen, request, generator)
-            if request.prompt_syntax != "plain":
-                understand(pipe, request.prompt_syntax)
-
-            if request.safety_required and getattr(pipe, "safety_checker", None) is None:
-                raise _unsafe(request)
-            extras = Extras(pipe, request)
-            previews = None
-            if request.preview is not None and on_preview is not None:
-                size = request.inputs.get("width"), request.inputs.get("height")
-                previews = Previews(model, pipe, size, request.preview, on_preview)
-                previews.prepare()
-
-            stepped = self.tally.steps(request.pipeline)
-
-            def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                if cancelled():
-                    raise Cancelled
-                stepped()
-                total = max(pipe.num_timesteps, step + 1)
-                on_step(step + 1, total)
-                extras.after(step + 1, tensors.get("latents"))
-                if previews:
-                    previews.after(step + 1, total, tensors.get("latents"))
-                return {}
-
-            pictures = ip_arguments(request, picture_arguments(pipe, request, pictures_of(job)))
-            # a copy: some pipelines write to lists that they are given, and a job may run again
-            arguments = {**copy.deepcopy(without_scale(request.inputs)), **pictures}
-            try:
-                out = call(pipe, request.method, arguments, generator, after_step, job.latents)
-            except (ApiError, Cancelled, NotPrepared, torch.OutOfMemoryError):
-                raise
-            except Exception as fault:
-                own = type(model.components.get("scheduler")).__name__
-                refusal = refused_by(fault, request, own) or refused_inputs(fault, arguments, request.pipeline)
-                if refusal is None:
-                    raise
-                raise refusal from fault
-            latents = images_of(out) if job.latents else None
-            images = empty() if job.latents else to_uint8(images_of(out))
-        flags = getattr(out, "nsfw_content_detected", None)
-        if request.safety_required and flags is None:
-            raise _unsafe(request)
-        nsfw = [bool(flag) for flag in flags] if flags is not None else None
-        if warnings := cut_off(pipe, request.inputs, request.prompt_syntax):
-            told = {**told, "warnings": warnings}
-        words = self._words(used, parts)
-        told, own = told | shape_of(images), extras.encoded(pipe)
-        return Ran(images, nsfw, model.dtype, used, placement, told, own, latents, states(generator), words, code)
-
-    def _words(self, attention: str, parts: dict[str, Any]) -> tuple[str, ...]:
-        return ("lossy",) * (attention in LOSSY) + ("tf32",) * self.device.tf32 + layout.words(parts)
-
     def _foresees(self, build: Build, request: GenerationRequest, placement: str) -> bool:
         """Whether a placement's weights and what was learned of its calls are more than there is."""
         held = held_as(request.model, weights_of(placement))
@@ -415,27 +331,3 @@ class Engine:
             "versions": self.versions,
             **done.told,
         }
-
-
-def make_generators(seed: int | list[int]) -> torch.Generator | list[torch.Generator]:
-    """One generator for an integer seed, one per image for a list.
-
-    On the CPU, so that a seed means the same noise on every machine.
-    """
-    if isinstance(seed, list):
-        return [torch.Generator().manual_seed(s) for s in seed]
-    return torch.Generator().manual_seed(seed)
-
-
-def first_seed(seed: int | list[int]) -> int:
-    """The seed of what is drawn once for all images."""
-    return seed[0] if isinstance(seed, list) else seed
-
-
-def _unsafe(request: GenerationRequest) -> ApiError:
-    message = f"{request.pipeline} has its images seen by no safety checker, and this server gives out none like that."
-    return ApiError("SAFETY_REQUIRED", message, field="callInputs.PIPELINE", requested=request.pipeline)
-
-
-def _ms(began: float) -> int:
-    return round((time.perf_counter() - began) * 1000)

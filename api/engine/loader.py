@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from api.engine import skeletons, upscalers
-from api.engine.buffers import Spare
+from api.engine.buffers import Spare, buffer
 from api.engine.common_host import HostTier, name_of, read_common
 from api.engine.device import Device
 from api.engine.faults import as_broken, naming
-from api.engine.headers import file_identity, read_header
+from api.engine.headers import Header, file_identity, read_header
 from api.engine.layout import mark, turn, turned
 from api.engine.library import Weightless, load_module
 from api.engine.offload import Offloading
@@ -29,8 +29,8 @@ from api.engine.parts import HostPart, PartSpec
 from api.engine.plans import Plans
 from api.engine.quantization import RULE, Rule
 from api.engine.quantized_layers import has_quantized
-from api.engine.quantized_skeletons import Quantized, read_quantized
-from api.engine.reading import BufferPart, can_map, read
+from api.engine.quantized_skeletons import Quantized, fill_quantized
+from api.engine.reading import BufferPart, can_map, copied, read
 from api.engine.skeletons import Skeleton
 from api.engine.specs import (
     components,
@@ -98,9 +98,7 @@ class PartLoader:
         tier: the host's memory that workers share: they have room there for what is read. None: it is this one's.
     """
 
-    def __init__(
-        self, device: Device, host_limit: int = 0, tier: HostTier | None = None, rule: Rule = RULE
-    ) -> None:
+    def __init__(self, device: Device, host_limit: int = 0, tier: HostTier | None = None, rule: Rule = RULE) -> None:
         self._device = device
         self._tier = tier
         self._spare = Spare(host_limit)
@@ -143,19 +141,21 @@ class PartLoader:
 
     def named(self, spec: PartSpec) -> str:
         """What a part is called in the host tier; see ``common_host.name_of``."""
-        return name_of(spec, mapped=not spec.by_library and self._is_mapped(spec))
+        own = _makes_module(spec)
+        return name_of(spec, own=own, mapped=not own and self._is_mapped(spec))
 
     def _is_mapped(self, spec: PartSpec) -> bool:
-        if not self._device.shares_host:
+        skeleton = self._plans.skeleton(spec)
+        if not self._device.shares_host or isinstance(skeleton, Quantized):
             return False
         with as_broken(spec.folder):
-            return can_map([read_header(path) for path in spec.files], self._plans.skeleton(spec).slots)
+            return can_map([read_header(path) for path in spec.files], skeleton.slots)
 
     def _read_common(self, spec: PartSpec) -> HostPart:
         """The same where workers share the host's memory, and there is room for this part."""
         assert self._tier is not None
         name = self.named(spec)
-        skeleton = None if spec.by_library or self._is_mapped(spec) else self._plans.skeleton(spec)
+        skeleton = None if _makes_module(spec) or self._is_mapped(spec) else self._plans.skeleton(spec)
         try:
             if skeleton is None or not skeleton.extent:
                 host = self._read(spec)
@@ -163,15 +163,13 @@ class PartLoader:
                 return host
             with as_broken(spec.folder):
                 headers = [read_header(path) for path in spec.files]
-                return read_common(
-                    self._tier,
-                    name,
-                    headers,
-                    skeleton.slots,
-                    skeleton.extent,
-                    pin=self._device.is_cuda,
-                    check=lambda: _check_unchanged(spec),
-                )
+
+                def fill(flat: torch.Tensor) -> None:
+                    _fill(headers, skeleton, flat)
+                    _check_unchanged(spec)
+
+                pin = self._device.is_cuda
+                return read_common(self._tier, name, skeleton.slots, skeleton.extent, fill, pin=pin)
         except BaseException:
             self._tier.release(name)
             raise
@@ -201,7 +199,8 @@ class PartLoader:
         with as_broken(spec.folder):
             headers = [read_header(path) for path in spec.files]
             if isinstance(skeleton, Quantized):
-                return read_quantized(headers, skeleton, pin, self._spare)
+                flat = buffer(skeleton.extent, pin, self._spare)
+                return _fill(headers, skeleton, flat)
             return read(headers, skeleton.slots, skeleton.extent, shares=shares, pin=pin, spare=self._spare)
 
     # --- from host to device ---
@@ -331,6 +330,19 @@ class PartLoader:
                 if model.components.get(name) is given[name]:
                     model.components[name] = shared_unless_changed(given[name], module)
             return model
+
+
+def _makes_module(spec: PartSpec) -> bool:
+    """Whether a library makes the module of a part, so that it is nothing but that."""
+    return spec.by_library or spec.library == upscalers.LIBRARY
+
+
+def _fill(headers: Sequence[Header], skeleton: Skeleton, flat: torch.Tensor) -> BufferPart:
+    """Read a part into a buffer of its own extent."""
+    if isinstance(skeleton, Quantized):
+        fill_quantized(headers, skeleton, flat)
+        return BufferPart({slot.targets[0]: slot.of(flat) for slot in skeleton.slots}, skeleton.extent, flat=flat)
+    return copied(headers, skeleton.slots, flat, skeleton.extent)
 
 
 def _check_unchanged(spec: PartSpec) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from api.engine.buffers import Spare, buffer
 from api.engine.cloning import clone_with
 from api.engine.headers import Header
 from api.engine.quantization import Rule, layers
 from api.engine.quantized_layers import QuantizedLinear, quantize
-from api.engine.reading import BufferPart, copied, read
+from api.engine.reading import copied, read
 from api.engine.skeletons import ALIGNMENT, Skeleton, Slot
 
 _PARTS = ("qdata", "scale")
@@ -113,20 +112,18 @@ def _laid_out(
     )
 
 
-def read_quantized(headers: Sequence[Header], skeleton: Quantized, pin: bool, spare: Spare | None) -> BufferPart:
+def fill_quantized(headers: Sequence[Header], skeleton: Quantized, flat: torch.Tensor) -> None:
     """Read a part and quantize it on the way, a layer at a time: beyond its own bytes one layer is in memory.
 
     Args:
         headers: of its files.
         skeleton: of the part.
-        pin: make the memory such that a GPU copies from it by itself.
-        spare: memory that is there already, which is then read into.
+        flat: of ``skeleton.extent`` bytes, to be filled.
 
     Raises:
         ApiError: MODEL_BROKEN; NOT_SUPPORTED: the package is not there.
         MemoryError: there is no room.
     """
-    flat = buffer(skeleton.extent, pin, spare)
     copied(headers, skeleton.plain, flat, skeleton.extent)
     home = {name: header for header in headers for name in header.tensors}
     with torch.no_grad():
@@ -136,4 +133,3 @@ def read_quantized(headers: Sequence[Header], skeleton: Quantized, pin: bool, sp
             made = quantize(skeleton.kind, layer.tensors[whole.targets[0]])
             for slot, name in zip(parts, _PARTS, strict=True):
                 slot.of(flat).copy_(made[name])
-    return BufferPart({slot.targets[0]: slot.of(flat) for slot in skeleton.slots}, skeleton.extent, flat=flat)

@@ -180,8 +180,8 @@ class Upscaling:
         self._cache.give_back()
         if isinstance(done, str):
             message = (
-                f"The upscaler and pieces of {order.upscale.tile} pixels do not fit in the memory of the device. Ask for "
-                f"a smaller tile; of an upscaler that takes whole pictures, send a smaller one. {done[:200]}"
+                f"The upscaler and pieces of {order.upscale.tile} pixels do not fit in the memory of the device. Ask "
+                f"for a smaller tile; of an upscaler that takes whole pictures, send a smaller one. {done[:200]}"
             )
             raise ApiError("OUT_OF_MEMORY", message, field="callInputs.upscale.tile", requested=order.upscale.tile)
         return done

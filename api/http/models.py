@@ -40,8 +40,8 @@ async def list_models(request: Request) -> HTTPResponse:
     entries = [_entry(service, model) for model in (*models, *others)]
     found = await asyncio.to_thread(upscaling.listed, service.library, service.dispatcher.workers)
     upscalers = [_upscaler(service, each) for each in found]
-    memory = {"memory": _memory(service), "host": _host(service)}
-    return json({"models": entries, "upscalers": upscalers, "transfers": transfers, **memory})
+    used = {"memory": _memory(service), "host": _host(service)}
+    return json({"models": entries, "upscalers": upscalers, "transfers": transfers, **used})
 
 
 async def schema(request: Request, model_id: str) -> HTTPResponse:
@@ -110,7 +110,7 @@ def _entry(service: Service, model: InstalledModel | ModelRef) -> dict[str, obje
 
 def _upscaler(service: Service, found: dict[str, Any]) -> dict[str, object]:
     files = str(found["path"]), found["sha256"]
-    residence = _residence(memory.held(service.dispatcher.workers, lambda ref: memory.files_of(ref) == files))
+    residence = _residence(service, memory.held(service.dispatcher.workers, lambda ref: memory.files_of(ref) == files))
     told = {name: found[name] for name in ("model", "sha256", "source")}
     return {**told, **residence, "bytes": {"disk": found["disk"], **residence["bytes"]}}
 

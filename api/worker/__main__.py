@@ -60,6 +60,12 @@ def _without_quantizers() -> None:
         module.is_torchao_available = module.is_bitsandbytes_available = lambda: False
 
 
+def _postpone_scipy() -> None:
+    postpone("scipy.stats")
+    postpone("scipy.integrate")
+    postpone("scipy.optimize", ["linear_sum_assignment"])
+
+
 def main() -> None:
     """Run until the service closes the socket."""
     began = time.perf_counter()
@@ -88,9 +94,7 @@ def main() -> None:
 
     _without_peft()
     _without_quantizers()
-    postpone("scipy.stats")
-    postpone("scipy.integrate")
-    postpone("scipy.optimize", ["linear_sum_assignment"])
+    _postpone_scipy()
     from api.engine.budgets import budgets, host_memory
     from api.engine.generate import Engine
     from api.engine.settled import settle

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load
 from torch.nn import functional
 
-from api.engine import generate
+from api.engine import run
 from api.engine.budgets import Budgets
 from api.engine.calls import Cancelled
 from api.engine.device import Device
@@ -109,16 +109,16 @@ def flows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flows]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for models as small as these, more of them wait for each other
     made = Flows(tmp_path_factory.mktemp("flows"))
-    before = generate.to_uint8
+    before = run.to_uint8
 
     def noted(images: Any) -> np.ndarray:
         as_it_was = images.permute(0, 2, 3, 1).numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
         made.last[threading.get_ident()] = as_it_was
         return before(images)
 
-    generate.to_uint8 = noted  # type: ignore[assignment]
+    run.to_uint8 = noted  # type: ignore[assignment]
     yield made
-    generate.to_uint8 = before
+    run.to_uint8 = before
     made.engine.close()
     torch.set_num_threads(threads)
 

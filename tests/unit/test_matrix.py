@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from api.engine import generate
+from api.engine import run
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine
@@ -179,13 +179,13 @@ def as_floats(images: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    before = generate.to_uint8
-    generate.to_uint8 = as_floats  # type: ignore[assignment]
+    before = run.to_uint8
+    run.to_uint8 = as_floats  # type: ignore[assignment]
     engine = Engine(Device("cpu"), Budgets(2**40, 2**40, shared=True))
     found = Matrix(tmp_path_factory.mktemp("families"), engine)
     yield found
     engine.close()
-    generate.to_uint8 = before
+    run.to_uint8 = before
     if found.worst:
         print(f"\n{len(found.worst)} cells, largest differences:")
         for family in PIPELINES:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from api.engine import generate
+from api.engine import run
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine
@@ -123,12 +123,12 @@ class Films:
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Films]:
-    before = generate.to_uint8
-    generate.to_uint8 = as_floats  # type: ignore[assignment]
+    before = run.to_uint8
+    run.to_uint8 = as_floats  # type: ignore[assignment]
     engine = Engine(Device("cpu"), Budgets(2**40, 2**40, shared=True))
     yield Films(tmp_path_factory.mktemp("films"), engine)
     engine.close()
-    generate.to_uint8 = before
+    run.to_uint8 = before
 
 
 def company(family: str, mode: str) -> list[tuple[str, dict[str, Any]]]:
