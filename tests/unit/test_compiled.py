@@ -262,11 +262,12 @@ def test_a_preparation_that_is_killed_hangs_or_is_refused(
     while engine.blocks.preparer._process is None:
         time.sleep(0.01)
     assert word(engine.generate(a_request(models[0]))) == "eager"  # while it is at it
-    os.killpg(engine.blocks.preparer._process.pid, signal.SIGKILL)
     first = engine.blocks.preparer._process
-    while engine.blocks.preparer._process is first:
+    os.killpg(first.pid, signal.SIGKILL)
+    while (second := engine.blocks.preparer._process) in (first, None):
         time.sleep(0.01)
-    os.killpg(engine.blocks.preparer._process.pid, signal.SIGKILL)
+    assert second is not None
+    os.killpg(second.pid, signal.SIGKILL)
     while len(engine.blocks.preparer.failed) < 2:
         time.sleep(0.01)
     assert engine.blocks.counts()["eager"] == 1

@@ -51,6 +51,7 @@ def some_counts(jobs: int = 4) -> Counts:
         evictions={"device": 3},
         switches=2,
         shortages={"evict": 1},
+        compiled={"loaded": 1},
     )
 
 

@@ -138,16 +138,16 @@ class Preparer:
             root = str(Path(__file__).resolve().parents[3])
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
             environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # and is not to take the cores from the jobs
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=said, stderr=said, env=environment, start_new_session=True
             )
             with contextlib.suppress(OSError):
                 niceness = max(self.niceness, os.getpriority(os.PRIO_PROCESS, 0))
-                os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness)
+                os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
             try:
                 if self._closed:
                     raise RuntimeError("it is over")
-                status = self._process.wait(self._longest)
+                status = process.wait(self._longest)
             except subprocess.TimeoutExpired:
                 self._deaths += 1
                 raise TimeoutError(f"it took more than {self._longest:.0f} s") from None
@@ -164,7 +164,7 @@ class Preparer:
             raise RuntimeError(lines[-1])
 
     def _kill(self) -> None:
-        process = self._process
+        process, self._process = self._process, None  # once: its number may be another's later on
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
