@@ -30,6 +30,7 @@ from api.engine.community import class_of
 from api.engine.inversions import Vectors, put_rows, read_inversions, tokenizer_of, with_tokens
 from api.engine.loader import LoadedModel
 from api.engine.lora_files import Layer, read_lora
+from api.engine.quantized_layers import computes_in
 from api.errors import ApiError
 from api.schema.generation import GenerationRequest, Lora
 
@@ -176,7 +177,7 @@ class Adapters:
         return loaded
 
     def _placed(self, layer: Layer, target: nn.Module) -> Layer:
-        dtype = target.weight.dtype
+        dtype = computes_in(target)
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(self._device, dtype, copy=True)

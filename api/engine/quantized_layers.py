@@ -71,6 +71,11 @@ def has_quantized(module: nn.Module) -> bool:
     return any(isinstance(part, QuantizedLinear) for part in module.modules())
 
 
+def computes_in(layer: nn.Module) -> torch.dtype:
+    """What a linear layer or a convolution computes in; a quantized weight is not made whole to be asked."""
+    return layer.computed_in if isinstance(layer, QuantizedLinear) else layer.weight.dtype  # type: ignore[return-value,union-attr]
+
+
 def stored(kind: str, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """Shape and dtype of what is held in place of a weight of (rows, columns)."""
     if kind == "nf4":

@@ -17,9 +17,11 @@ import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 
+from api.engine.calls import Ticket
 from api.engine.device import Device
 from api.engine.generate import Engine
 from api.engine.step_cache import StepCaching
+from api.engine.views import view
 from api.errors import ApiError
 from api.schema.catalogue import catalogue
 from api.schema.generation import GenerationRequest, ModelRef, StepCache
@@ -326,3 +328,17 @@ def run(stepping: StepCaching, denoiser: Any, call: Callable[[int], dict[str, An
                 out = own(**call(step), return_dict=False)[0]
         found.append(out)
     return found
+
+
+def test_its_calls_are_never_divided_or_merged(folders: dict[str, Path], engine: Engine) -> None:
+    """A call in halves would compare one half with what was kept of the other."""
+    engine.generate(a_job(folders, None))
+    shared = next(iter(engine.cache._models.values())).components["transformer"]
+    with StepCaching(FIRST) as stepping:
+        own = stepping.applied({"transformer": shared})["transformer"]
+        for part, alone in ((own, True), (shared, False)):
+            seen = view(part, engine.executor, Ticket())
+            method = vars(seen)["_view_tree"].method("forward")
+            assert getattr(method, "runs_alone", False) is alone
+            with seen.cache_context("cond"):
+                assert part.is_cache_enabled is alone
