@@ -28,12 +28,14 @@ from api.models.library import Library
 from api.schema.generation import GenerationRequest
 from api.service.admission import Admission
 from api.service.fetcher import Fetcher
+from api.service.jobs import Job
 from api.settings import Settings
 from tests.budgeted import Allocator, Apart, Outside
 from tests.controlled import control_picture, save_controlnet, save_image_encoder, save_ip_adapter
 from tests.families import save_family, save_refiner
 from tests.running import as_base64
 from tests.tiny import save_tiny
+from tests.unit.test_dispatch import Pool, a_job, ref_of
 
 TOLERANCE = 2e-4
 SIDE = 64
@@ -534,3 +536,20 @@ def test_a_second_pass_of_other_families(flows: Flows, family: str) -> None:
     if family == "flux":  # which packs its latents
         error = flows.refused(inputs, model=family, hires={"upscaler": "latent"}, SCHEDULER="")
         assert (error.field, error.available) == ("callInputs.hires.upscaler", ["lanczos", "bicubic"])
+
+
+async def test_the_dispatcher_knows_every_model_of_a_job() -> None:
+    def with_refiner(name: str, strength: float = 0.3) -> Job:
+        first = a_job(name, "a", prompt="p").request
+        last = msgspec.structs.replace(first, model=ref_of("b"), inputs={"strength": strength}, then=())
+        return Job(msgspec.structs.replace(first, then=(last,)))
+
+    pool = Pool()
+    one, other, different = with_refiner("1"), with_refiner("2"), with_refiner("3", 0.4)
+    assert one.fingerprint == other.fingerprint != different.fingerprint
+    pool.submit(one, other)
+    assert pool.running() == [{"1"}]
+    assert pool.dispatcher.folders() == {"a", "b"}
+    assert [ref.model_id for ref in pool.workers[0].staged] == ["a", "b"]
+    pool.done(pool.workers[0], one, loadModel=7000)
+    assert pool.running() == [{"2"}]
