@@ -550,23 +550,27 @@ def describe_image(data: bytes) -> str:
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
         return f"[{width}x{height} PNG image, {len(data) / 1024:.1f}KiB bytes]"
-    return f"[image, {len(data) / 1024:.1f}KiB bytes]"
+    return f"[{'video' if data[4:8] == b'ftyp' else 'image'}, {len(data) / 1024:.1f}KiB bytes]"
 
 
-SINGLE, SEVERAL = ("image_base64", "image"), ("images_base64", "images")
-"""Names of images in answers: native ones, and the output of the simple form of RunPod's input."""
+SINGLE = ("image_base64", "image", "video_base64", "video")
+SEVERAL = ("images_base64", "images", "videos_base64", "videos")
+LINKS = ("image_url", "image_urls", "video_url", "video_urls")
+"""Names of images and videos in answers: native ones, the output of the simple form of RunPod's input; and where they
+are instead."""
 
 
 def has_images(answer: Json) -> bool:
     """Whether this is an answer, and no progress."""
-    return any(key in answer for key in (*SINGLE, *SEVERAL, "image_url", "image_urls", "$error", "error"))
+    return any(key in answer for key in (*SINGLE, *SEVERAL, *LINKS, "$error", "error"))
 
 
 def save_images(name: str, answer: Json, folder: Path) -> tuple[list[Path], Json]:
     """Save the images of an answer; where, and the answer with the images described instead."""
     shown, paths = dict(answer), []
     suffixes = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif", "JXL": "jxl"}
-    suffix = suffixes.get(answer.get("$meta", {}).get("image_format"), "png")
+    meta = answer.get("$meta") or answer.get("meta") or {}
+    suffix = meta.get("video_format") or suffixes.get(str(meta.get("image_format")), "png")
     folder.mkdir(parents=True, exist_ok=True)
     for key in (*SINGLE, *SEVERAL):
         found = answer.get(key)
@@ -750,7 +754,7 @@ class Runs:
     def _succeeded(self, outcome: Outcome, answer: Json, label: str) -> None:
         job = {key: ms for key, ms in answer.pop("job", {}).items() if ms is not None}
         outcome.timings, outcome.meta = {**job, **answer.get("$timings", {})}, answer.get("$meta", {})
-        found = [answer[key] for key in (*SINGLE, *SEVERAL, "image_url", "image_urls") if key in answer]
+        found = [answer[key] for key in (*SINGLE, *SEVERAL, *LINKS) if key in answer]
         outcome.images = sum(len(one) if isinstance(one, list) else 1 for one in found)
         if not outcome.images:
             raise Failed("NO_IMAGES", "The answer holds no image.", answer=answer)

@@ -44,7 +44,6 @@ ROWS = frozenset(PRIMARY) | {
     "block_controlnet_hidden_states",
     "controlnet_block_samples",
     "controlnet_single_block_samples",
-    "encoder_hidden_states_image",
     "added_time_ids",
 }
 """Tensors, or lists of tensors, with a row for each sample."""

@@ -15,7 +15,7 @@ from tests.unit.test_inputs import SETTINGS
 
 LORA: dict[str, Any] = {"url": "org/repo/file.safetensors"}
 VALUES: list[Any] = [
-    True, False, 0, 1, 2, 100, 101, -1, 0.5, 10**6, 10**6 + 1, "x", "x" * 200, "x" * 201, "x" * 8192, "x" * 8193, "PNG",
+    True, False, 0, 1, 2, 100, 101, -1, 0.5, 10**6, 10**6 + 1, "x", "x" * 200, "x" * 201, "x" * 8192, "x" * 8193, "PNG", "webp",
     "plain", "a1111", "auto", "none", "model", "fp16", [], ["images"], ["images", "latents"], ["x"], ["x"] * 4,
     ["x"] * 5, ["x"] * 9, ["x"] * 33, [1], [""], {}, {"a": 1}, {str(n): n for n in range(64)},
     {str(n): n for n in range(65)}, LORA, [LORA], {**LORA, "scale": 2}, {**LORA, "scale": 101}, {**LORA, "token": "w"},

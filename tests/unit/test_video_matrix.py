@@ -162,6 +162,20 @@ def test_a_picture_makes_ltx_begin_with_it(films: Films) -> None:
     films.compare([("ltx", inputs), ("ltx", video_inputs("ltx", 2)), ("ltx", video_inputs("ltx", 3, with_image=True))])
 
 
+@pytest.mark.slow
+def test_tiles_of_a_video_are_those_of_diffusers(films: Films) -> None:
+    inputs = {**video_inputs("wan", 1), "width": 288, "height": 272}
+    request = films.request("wan", inputs, low_vram=True)
+    done = films.engine.generate(request)
+    assert done.meta["placement"] == "tiled" and done.meta["numerics"].endswith("/tiled")
+    pipe = diffusers.WanPipeline.from_pretrained(films.folder("wan"))
+    pipe.vae.enable_tiling()
+    arguments = {name: value for name, value in inputs.items() if name != "seed"}
+    expected = pipe(**arguments, generator=torch.Generator().manual_seed(1), output_type="np").frames
+    assert float(np.abs(done.images - expected).max()) <= TOLERANCE
+    assert float(np.abs(films.plain("wan", inputs) - expected).max()) > 10 * TOLERANCE
+
+
 def test_what_is_said_of_a_video(films: Films) -> None:
     """The frames that came of it, not those that were asked for: Wan makes one more than a multiple of four."""
     request = films.request("wan", {**video_inputs("wan", 1), "num_frames": 7})
@@ -176,3 +190,49 @@ def test_an_unknown_family_is_no_reason_to_wait(films: Films) -> None:
     with pytest.raises(ApiError) as caught:
         films.request("wan", video_inputs("wan", 1), PIPELINE="WanVACEPipeline")
     assert (caught.value.code, caught.value.field) == ("PIPELINE_NOT_SUPPORTED", "callInputs.PIPELINE")
+
+
+def test_an_image_does_not_wait_for_a_video(films: Films, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in calls: from the moment that a call of the image's is in line, the video gets very few."""
+    executor = films.engine.executor
+    film = films.request("wan", {**video_inputs("wan", 1), "num_inference_steps": 80})
+    image = films.request("sd", image_inputs(1))
+    films.engine.generate(image)  # its model is in memory from now on
+    of_the_film = ("WanTransformer3DModel", "UMT5EncoderModel", "AutoencoderKLWan")
+    made, behind, over = [0], list[int](), list[str]()
+
+    class Line(list[Any]):
+        """The calls that wait; only the executor adds to them, under its lock."""
+
+        def append(self, call: Any) -> None:
+            call.ticket.made_before = made[0]
+            super().append(call)
+
+    make = executor._runs.make
+
+    def noted(batch: Any) -> None:
+        for call in batch:
+            if call.owner in of_the_film:
+                made[0] += 1
+            else:
+                behind.append(made[0] - call.ticket.made_before)
+        make(batch)
+
+    monkeypatch.setattr(executor, "_calls", Line())
+    monkeypatch.setattr(executor._runs, "make", noted)
+    begun = threading.Event()
+
+    def run_film() -> None:
+        films.engine.generate(film, on_step=lambda step, total: begun.set() if step > 30 else None)
+        over.append("film")
+
+    thread = threading.Thread(target=run_film)
+    thread.start()
+    assert begun.wait(120)
+    films.engine.generate(image)
+    over.append("image")
+    thread.join()
+    assert over == ["image", "film"]
+    assert made[0] > 160  # two for each step
+    assert len(behind) >= 4
+    assert max(behind) <= 3, behind
