@@ -19,6 +19,7 @@ from api.schema.generation import Picture, Pictures
 AfterStep = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """What pipelines call as ``callback_on_step_end``."""
 
+_AT_ONCE = 8
 _POSTPROCESSED = re.compile(r"postprocess(_video)?\(")
 _LATENTS_AS_TENSORS = frozenset({"PRXPixelPipeline"})
 """Pipelines that give what they were at, and no image, where a tensor is asked for."""
@@ -108,6 +109,11 @@ def images_of(out: Any) -> Any:
     return out.images if hasattr(out, "images") else out.image
 
 
+def _parts(video: Any) -> list[Any]:
+    """A video's frames, a few at a time: all of them as floats once more may be more than the device has left."""
+    return [video[first : first + _AT_ONCE] for first in range(0, len(video), _AT_ONCE)]
+
+
 def shape_of(images: np.ndarray) -> dict[str, Any]:
     """What ``$meta`` says of videos (N, F, H, W, 3): pipelines round what they are asked for. Of images nothing."""
     if images.ndim != 5:
@@ -136,7 +142,7 @@ def to_uint8(images: Any) -> np.ndarray:
             (N, F, H, W, C), or lists of frames.
     """
     if getattr(images, "ndim", 0) == 5:
-        return np.stack([to_uint8(video) for video in images])  # floats of one video at a time
+        return np.stack([np.concatenate([to_uint8(some) for some in _parts(video)]) for video in images])
     if isinstance(images, list) and not isinstance(images[0], PIL.Image.Image):
         return np.concatenate([to_uint8(each) for each in images])
     if isinstance(images, list):

@@ -23,6 +23,8 @@ from api.service import native_events
         ("image/*", "image/png"),
         ("IMAGE/PNG", "image/png"),
         ("image/webp", "image/webp"),
+        ("video/*", "video/mp4"),
+        ("image/gif, image/*;q=0.5", "image/gif"),
         ("image/png;q=0.5, image/jpeg", "image/jpeg"),
         ("image/png;q=0, */*", "application/json"),
         ("application/json;q=0.2, image/png;q=0.3", "image/png"),

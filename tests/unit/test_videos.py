@@ -6,8 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from api.engine.calling import shape_of, to_uint8
 from api.errors import ApiError
 from api.models.library import Library
 from api.schema.generation import GenerationRequest, GenerationResult
@@ -135,6 +138,17 @@ def test_the_schema_says_the_limits(asked: Asked) -> None:
     told = description(found, {}, settings)
     assert told["makes"] == "video"
     assert told["modelInputs"]["properties"]["num_frames"]["maximum"] == 99
+
+
+def test_frames_become_bytes_as_images_do() -> None:
+    """Whatever their number, and in their order."""
+    frames = torch.rand(2, 19, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    found = to_uint8(frames)
+    assert (found.shape, found.dtype) == ((2, 19, 4, 6, 3), np.uint8)
+    assert shape_of(found) == {"frames": 19, "size": [6, 4]}
+    assert np.array_equal(found[1, 17], to_uint8(frames[1, 17:18])[0])
+    assert np.array_equal(found, to_uint8(np.moveaxis(frames.numpy(), 2, -1)))
+    assert shape_of(found[0]) == {}
 
 
 @pytest.mark.parametrize(("count", "key", "short"), [(1, "video_base64", "video"), (2, "videos_base64", "videos")])
