@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +54,11 @@ class CudaMeter:
     def most(self) -> int:
         """Most bytes that were ever allocated; the allocator's own counter begins anew with every call."""
         return max(self._most, torch.cuda.max_memory_allocated(self._device))
+
+    def restart(self) -> None:
+        """Have ``most`` count from now on; for benchmarks."""
+        self._most = 0
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def begin(self) -> None:
         """See ``Meter``."""
@@ -135,18 +140,17 @@ class Peaks:
 
     def note(self, about: About, owner: str, method: str, rows: int, size: int) -> None:
         """A call of so many rows took so many bytes."""
-        if about.codec == "sliced" and method in _CODECS:
-            return  # it had one row at a time
         with self._lock:
             if self._sizes >= _REMEMBERED:
                 self._known.clear()
                 self._sizes = 0
-            calls = self._known.setdefault(_kind(about, method), {})
+            calls = self._known.setdefault(_own_kind(about, method), {})
             sizes = calls.setdefault((owner, method), {})
             self._sizes += about.pixels not in sizes
             each = size / rows
-            least, most = sizes.get(about.pixels, (each, each))
-            sizes[about.pixels] = min(each, least), max(each, most)
+            whole = size if _sliced(about, method) else each  # tiles are of one image at a time
+            least, most = sizes.get(about.pixels, (each, whole))
+            sizes[about.pixels] = min(each, least), max(whole, most)
 
     def most(self, about: About) -> float:
         """Bytes that the largest call for one image takes, as far as is known; the executor splits what has more."""
@@ -158,6 +162,27 @@ class Peaks:
                 if method != "encode" or about.encodes
             ]
         return max(found, default=0.0)
+
+    def expected(self, about: About, rows: Mapping[str, int]) -> float:
+        """Bytes that the largest call of a job takes beyond the weights, where it runs alone and nothing is split.
+
+        Args:
+            about: what is asked for.
+            rows: by the class of a module, that its calls have: twice the images for a denoiser with guidance. One for
+                those that are not named, and for an autoencoder that takes slices.
+        """
+        with self._lock:
+            known = {
+                key: (sizes, rows.get(key[0], 1))
+                for kind in ("forward", "decode")
+                for key, sizes in self._known.get(_kind(about, kind), {}).items()
+            }
+            found = {key: _at(sizes, about.pixels) * count for key, (sizes, count) in known.items()}
+            if about.codec != "full":
+                found |= {key: _at(sizes, about.pixels) for key, (sizes, _) in known.items() if key[1] in _CODECS}
+                own = self._known.get(_own_kind(about, "decode"), {})
+                found |= {key: sizes[about.pixels][1] for key, sizes in own.items() if about.pixels in sizes}
+        return max((size for (_, method), size in found.items() if method != "encode" or about.encodes), default=0.0)
 
     def exceeds(self, about: About, weights: Callable[[], int]) -> bool:
         """Whether a job does not fit, were it alone on the device.
@@ -181,10 +206,20 @@ class Peaks:
         return max(1, int((self.meter.free() - self.kept()) / each)) if each else None
 
 
+def _sliced(about: About, method: str) -> bool:
+    """Whether a call has one row at a time, however many there are."""
+    return about.codec != "full" and method in _CODECS
+
+
 def _kind(about: About, method: str) -> tuple[Hashable, str]:
-    # slices are of one image, which takes what it takes
-    codec = "full" if about.codec == "sliced" else about.codec
-    return (about.build, about.attention), codec if method in _CODECS else ""
+    """Where to look: slices are of one image, which takes what it takes."""
+    build, codec = _own_kind(about, method)
+    return build, "full" if codec == "sliced" else codec
+
+
+def _own_kind(about: About, method: str) -> tuple[Hashable, str]:
+    """Where to enter: a call of several slices says nothing of one row of a call without."""
+    return (about.build, about.attention), about.codec if method in _CODECS else ""
 
 
 def _at(sizes: _Sizes, pixels: int) -> float:

@@ -1,8 +1,12 @@
-"""``scripts/bench [NAME…] [--json FILE]``: one line a benchmark, ours against a named baseline."""
+"""``scripts/bench [NAME…] [--json FILE]``: one line a benchmark, ours against a named baseline.
+
+``scripts/bench gpu`` and ``scripts/bench sizes`` print tables of their own, and have arguments of their own.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -11,20 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from api.service.spawning import PREFERENCES
-from scripts.benchmarks import batching, coldstart, encode, fetch, overhead, prompts, sharing, startup, switch
 from scripts.benchmarks.measure import Figure
 
-BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
-    "overhead": overhead.run,
-    "batching": batching.run,
-    "encode": encode.run,
-    "startup": startup.run,
-    "coldstart": coldstart.run,
-    "fetch": fetch.run,
-    "switch": switch.run,
-    "prompts": prompts.run,
-    "sharing": sharing.run,
-}
+BENCHMARKS = ("overhead", "batching", "encode", "startup", "coldstart", "fetch", "switch", "prompts", "sharing")
+"""Modules here, each with ``run() -> list[Figure]``; one needs what others do without, so they are imported late."""
+TABLES = {"gpu": "scripts.benchmarks.gpu.command", "sizes": "scripts.benchmarks.gpu.sizes"}
+"""Modules with a ``main`` that takes the other arguments."""
 
 
 def _as_in_a_worker() -> None:
@@ -38,8 +34,12 @@ def _as_in_a_worker() -> None:
 def main() -> int:
     """Run what the command line names, or everything."""
     _as_in_a_worker()
+    if sys.argv[1:2] and sys.argv[1] in TABLES:
+        return int(importlib.import_module(TABLES[sys.argv[1]]).main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all without a name")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all without a name; or {', '.join(TABLES)}"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in BENCHMARKS]
@@ -48,7 +48,8 @@ def main() -> int:
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}", file=sys.stderr)
     figures = []
     for name in args.names or BENCHMARKS:
-        for figure in BENCHMARKS[name]():
+        run: Callable[[], list[Figure]] = importlib.import_module(f"scripts.benchmarks.{name}").run
+        for figure in run():
             print(figure.line(), flush=True)
             figures.append(figure)
     if args.json:

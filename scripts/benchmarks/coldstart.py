@@ -31,7 +31,7 @@ import torch
 from scripts.benchmarks.architectures import model
 from scripts.benchmarks.measure import Figure, median
 from scripts.benchmarks.serving import ROOT
-from scripts.benchmarks.switch import _cool, _warm
+from scripts.benchmarks.switch import drop_page_cache, fill_page_cache
 
 _ROUNDS = int(os.environ.get("COLDSTART_ROUNDS", "3"))
 _LIMIT = 600.0
@@ -249,5 +249,5 @@ def run() -> list[Figure]:
         return [
             _compared(case, state, lambda case=case, prepare=prepare: prepare(case.files))  # type: ignore[misc]
             for case in cases
-            for state, prepare in (("warm", _warm), ("cold", _cool))
+            for state, prepare in (("warm", fill_page_cache), ("cold", drop_page_cache))
         ]

@@ -36,19 +36,22 @@ _HOST_LIMIT = 12 * 2**30
 """What a server of 24 GiB takes for models if it is not told otherwise: memory that one leaves is used by the next."""
 
 
-class _Computing(Device):
+class Computing(Device):
     """A device that computes in the precision that is asked for, on a CPU too."""
 
     def dtype(self, precision: str) -> torch.dtype:
+        """As it is named."""
         return DTYPES[precision]
 
 
-class _Side:
+class Side:
     """One model, as ours and as plain diffusers load it."""
 
-    def __init__(self, loader: PartLoader, family: str, precision: str, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, loader: PartLoader, family: str, precision: str, seed: int, device: torch.device, size: str = "real"
+    ) -> None:
         self.name = f"{family}-{precision}-{seed}"
-        self.folder = model(family, precision, seed)
+        self.folder = model(family, precision, seed, size)
         self.ref = ModelRef(self.name, "bench", precision, str(self.folder))
         self.dtype = DTYPES[precision]
         self.files = sorted(self.folder.glob("*/*.safetensors"))
@@ -56,19 +59,23 @@ class _Side:
         self._device = device
 
     def bytes(self) -> int:
+        """Of its files."""
         return sum(file.stat().st_size for file in self.files)
 
     def plain(self) -> dict[str, Any]:
+        """``from_pretrained(...).to(device)``."""
         pipe = diffusers.DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, local_files_only=True)
         return dict(pipe.to(self._device).components)
 
     def mapped(self) -> dict[str, Any]:
+        """``from_pretrained(..., device_map=...)``."""
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             self.folder, dtype=self.dtype, local_files_only=True, device_map=self._device.type
         )
         return dict(pipe.components)
 
     def hosted(self) -> dict[str, HostPart]:
+        """Its parts in the host's memory."""
         return {spec.name: self._loader.read(spec) for spec in self._loader.parts(self.ref)}
 
     def ours(self, host: dict[str, HostPart] | None = None, onto: dict[str, nn.Module] | None = None) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def _modules(components: dict[str, Any]) -> dict[str, nn.Module]:
     return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
 
-def _touch(components: dict[str, Any]) -> None:
+def touch(components: dict[str, Any]) -> None:
     """Look at every page of every weight, or wait for the device."""
     for module in _modules(components).values():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -103,7 +110,8 @@ def _checksum(components: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _warm(files: Sequence[Path]) -> None:
+def fill_page_cache(files: Sequence[Path]) -> None:
+    """Read files, so that they are in the page cache."""
     scratch = bytearray(2**24)
     for file in files:
         with file.open("rb", buffering=0) as opened:
@@ -111,7 +119,8 @@ def _warm(files: Sequence[Path]) -> None:
                 pass
 
 
-def _cool(files: Sequence[Path]) -> None:
+def drop_page_cache(files: Sequence[Path]) -> None:
+    """Have files forgotten by the page cache, but for pages that something maps."""
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -123,7 +132,7 @@ def _seconds(prepare: Callable[[], object], load: Callable[[], dict[str, Any]]) 
     prepare()
     began = time.perf_counter()
     loaded = load()
-    _touch(loaded)
+    touch(loaded)
     took = time.perf_counter() - began
     del loaded
     return took
@@ -154,15 +163,15 @@ def _cpu() -> list[Figure]:
 
 
 def _cpu_family(family: str, precision: str, pair: bool) -> list[Figure]:
-    loader, device = PartLoader(_Computing("cpu"), _HOST_LIMIT), torch.device("cpu")
-    a = _Side(loader, family, precision, 1, device)
-    b = _Side(loader, family, precision, 2, device) if pair else None
+    loader, device = PartLoader(Computing("cpu"), _HOST_LIMIT), torch.device("cpu")
+    a = Side(loader, family, precision, 1, device)
+    b = Side(loader, family, precision, 2, device) if pair else None
     _check(a, b)
     what = {"GB": round(a.bytes() / 1e9, 2)}
     plain = {"plain": a.plain, "device_map": a.mapped}
 
     def warm() -> None:
-        _warm(a.files)
+        fill_page_cache(a.files)
 
     host = a.hosted()
     figures = [_compared(f"host-{family}", {"ours": lambda: a.ours(host), **plain}, warm, what)]
@@ -173,7 +182,7 @@ def _cpu_family(family: str, precision: str, pair: bool) -> list[Figure]:
         figures.append(_compared(f"host-same-{family}", in_place, warm, what))
         resident = {}
     host = {}  # pages that are mapped stay in the page cache
-    for name, prepare in (("disk", warm), ("cold", lambda: _cool(a.files))):
+    for name, prepare in (("disk", warm), ("cold", lambda: drop_page_cache(a.files))):
         figures.append(_compared(f"{name}-{family}", {"ours": a.ours, **plain}, prepare, what))
         prepare()
         figures[-1].more |= _phases(a.ours)
@@ -182,11 +191,11 @@ def _cpu_family(family: str, precision: str, pair: bool) -> list[Figure]:
 
 def _cpu_cast() -> Figure:
     """Files in fp16, computed in fp32, as the server does it on a CPU."""
-    side = _Side(PartLoader(_Computing("cpu"), _HOST_LIMIT), "sd1", "fp16", 1, torch.device("cpu"))
+    side = Side(PartLoader(Computing("cpu"), _HOST_LIMIT), "sd1", "fp16", 1, torch.device("cpu"))
     side.ref, side.dtype = ModelRef(side.name, "bench", "fp32", str(side.folder)), torch.float32
     contenders = {"ours": side.ours, "plain": side.plain, "device_map": side.mapped}
     what = {"GB": round(side.bytes() / 1e9, 2)}
-    figure = _compared("disk-cast-sd1", contenders, lambda: _warm(side.files), what)
+    figure = _compared("disk-cast-sd1", contenders, lambda: fill_page_cache(side.files), what)
     figure.more |= _phases(side.ours)
     return figure
 
@@ -198,7 +207,7 @@ def _phases(load: Callable[[], object]) -> dict[str, float]:
     return {f"s_{name}": round(seconds, 3) for name, seconds in vars(spent).items()}
 
 
-def _check(a: _Side, b: _Side | None) -> None:
+def _check(a: Side, b: Side | None) -> None:
     """Before anything is timed: ours are the weights that plain diffusers loads, by whichever way they came."""
     right = _checksum(a.plain())
     assert _checksum(a.ours()) == right
@@ -215,22 +224,22 @@ def _check(a: _Side, b: _Side | None) -> None:
 
 def _cuda() -> list[Figure]:
     """Against the bus and against plain diffusers."""
-    device = _Computing("cuda")
+    device = Computing("cuda")
     rate = _pinned_rate(device.torch)
     return [figure for family in ("sd1", "sdxl") for figure in _cuda_family(family, device, rate)]
 
 
-def _cuda_family(family: str, device: _Computing, rate: float) -> list[Figure]:
+def _cuda_family(family: str, device: Computing, rate: float) -> list[Figure]:
     loader = PartLoader(device, _HOST_LIMIT)
-    a, b = (_Side(loader, family, "fp16", seed, device.torch) for seed in (1, 2))
+    a, b = (Side(loader, family, "fp16", seed, device.torch) for seed in (1, 2))
     _check(a, b)
     plain = {"plain": a.plain, "device_map": a.mapped}
 
     def warm() -> None:
-        _warm(a.files)
+        fill_page_cache(a.files)
 
     def cool() -> None:
-        _cool(a.files)
+        drop_page_cache(a.files)
 
     read_rate = _read_rate(a.files)
     host = a.hosted()
