@@ -15,7 +15,7 @@ _SHARE = 0.5
 """Of the memory there is; the rest is for activations, images, the page cache and everyone else."""
 _FREE_SHARE = 0.8
 """Of what others leave."""
-_DEVICE_SHARE = 0.75
+DEVICE_SHARE = 0.75
 """Of a GPU's memory that is free at the start; the rest is for activations."""
 _UNLIMITED = 2**60
 """cgroup v1 says "no limit" with a number about as large as it can."""
@@ -79,7 +79,7 @@ def budgets(
     if gpu is None:
         vram = min(ram, _limit("VRAM_LIMIT", vram_limit, host, ram))
         return Budgets(vram, ram, shared=True, capacity=host.total)
-    vram = _limit("VRAM_LIMIT", vram_limit, gpu, int(gpu.free * _DEVICE_SHARE))
+    vram = _limit("VRAM_LIMIT", vram_limit, gpu, int(gpu.free * DEVICE_SHARE))
     return Budgets(vram, ram, shared=False, capacity=gpu.total, strict=vram_limit is not None)
 
 

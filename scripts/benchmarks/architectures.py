@@ -1,7 +1,7 @@
 """Models of real size with random weights, for what depends on bytes and modules and not on pictures.
 
 Their configurations are those that checkpoints are converted with, or in ``configurations.py``; their text encoders
-have the keys that published checkpoints have. They are made once and kept in ``BENCH_MODELS``, or in a temporary folder.
+have the keys that published checkpoints have. They are made once and kept in ``BENCH_MODELS``, or a temporary folder.
 """
 
 from __future__ import annotations
