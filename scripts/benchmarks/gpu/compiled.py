@@ -54,7 +54,7 @@ def _first(bench: Bench, case: Case, variant: Variant, environ: dict[str, str]) 
             if is_prepared(variant, done.meta):
                 break
             times.append(took)
-            if time.monotonic() - began > min(_WAIT, bench.left - 20):
+            if time.monotonic() - began > min(_WAIT if bench.is_cuda else _WAIT / 2, bench.left - 20):
                 bench.leave_out(f"{SECTION}: not ready within {time.monotonic() - began:.0f} s")
                 return False
     ready = time.monotonic() - began
