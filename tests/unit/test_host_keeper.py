@@ -76,6 +76,7 @@ def test_two_workers_have_one_copy_that_was_read_once(
         assert sorted(map(len, container.mappings())) == [2, 2, 2], "three parts, each mapped by both"
 
 
+@pytest.mark.slow
 def test_what_one_worker_writes_no_other_one_sees(models: list[ModelRef]) -> None:
     with sharing(2**28) as container:
         one, two = container.worker(), container.worker()
@@ -119,6 +120,7 @@ def test_what_is_unloaded_everywhere_is_given_back(models: list[ModelRef]) -> No
         assert not container.keeper._memory
 
 
+@pytest.mark.slow
 def test_where_two_models_do_not_fit_workers_take_turns(
     models: list[ModelRef], alone: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +197,7 @@ def test_what_a_worker_half_read_when_it_died_is_read_anew_by_who_waits() -> Non
             os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_files_that_change_while_they_are_read_are_nobodys_part(
     models: list[ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
