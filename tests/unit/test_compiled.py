@@ -295,6 +295,7 @@ def test_a_preparation_that_takes_too_long(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_without_a_compiler(
     engines: Callable[[Path | None], Engine], models: list[ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
