@@ -161,7 +161,7 @@ def test_which_layers(folders: dict[str, Path]) -> None:
     assert [spec.name for spec in small_text if spec.quantize] == ["transformer"]
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_known_before_they_are_read(folders: dict[str, Path], family: str, kind: str) -> None:
     loader = PartLoader(Device("cpu"), rule=SMALL)
