@@ -2,8 +2,8 @@
 
 All pieces of a picture have one shape, so that calls of several jobs are merged. Where two of them meet, each leaves
 out what lies nearest to its own edge, and the rest of what they share goes over from the one to the other. A network
-that looks no further than ``MARGIN`` pixels around each makes the same of the pieces as of the whole; of any other the
-pieces show no seam.
+that looks no further than ``MARGIN`` pixels around each makes the same of the pieces as of the whole; what any other
+makes differently of two pieces is spread over ``BLEND``.
 """
 
 from __future__ import annotations

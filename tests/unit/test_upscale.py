@@ -171,6 +171,7 @@ def test_it_takes_what_its_header_says(engine: Engine, files: dict[str, Path]) -
     assert half.dtype(torch.float64) == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
 def test_an_architecture_that_is_not_to_be_cut(engine: Engine, tmp_path: Path) -> None:
     path = upscalers.save(upscalers.swin(), tmp_path / "swin.safetensors")
     (spec,) = engine.cache.parts(ref_of(path))
