@@ -155,7 +155,8 @@ def _settings(quality: int) -> dict[str, str]:
     crf = _WORST_CRF - (_WORST_CRF - _BEST_CRF) * (quality - 1) / 99
     named = _encoder()
     if named == "libx264":
-        # its macroblock trees read, in small pictures, memory that nobody has written: one file in ten was another
+        # with macroblock trees up to one small file in ten was another, why is not known; without them, or x264's
+        # assembly, none of some hundreds was
         return {"crf": f"{crf:.1f}", "preset": "medium", "flags": "+bitexact", "x264-params": "mbtree=0"}
     if named == "mpeg4":
         return {"qscale": f"{max(1, round(crf / 2 - 3))}", "flags": "+bitexact"}
