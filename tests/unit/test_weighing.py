@@ -14,10 +14,11 @@ import pytest
 import torch
 from compel import Compel, ReturnedEmbeddingsType
 
+from api.engine.calling import to_uint8
 from api.engine.chunks import chunked, tokens_of
 from api.engine.cloning import keep_text_model
 from api.engine.device import Device
-from api.engine.generate import Engine, to_uint8
+from api.engine.generate import Engine
 from api.errors import ApiError
 from api.models.description import describe
 from api.schema.catalogue import catalogue

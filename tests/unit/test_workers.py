@@ -140,7 +140,7 @@ async def test_what_is_being_brought_back_is_unloaded(installed: bool) -> None:
         library=SimpleNamespace(find=lambda ref: there),
         settings=SimpleNamespace(request_timeout=20),
         source_ref=lambda options: SimpleNamespace(model_id=options["MODEL_ID"], revision=""),
-        model_ref=lambda model, ref: ref_of(ref.model_id),
+        model_ref=lambda model, ref, options: ref_of(ref.model_id),
     )
     for again in (False, True):
         it.sent.clear()
