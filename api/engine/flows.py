@@ -30,6 +30,9 @@ from api.schema.messages import Planned
 _RESAMPLING = {"lanczos": PIL.Image.Resampling.LANCZOS, "bicubic": PIL.Image.Resampling.BICUBIC}
 _FIRST = "base"
 """What ``$timings`` and ``$meta`` call the first generation of several."""
+_OF_EACH = ("dtype", "placement", "attention", "numerics", "quantize", "quantized", "step_cache", "lossy")
+_JOINED = ("lossy", "warnings")
+"""What ``$meta`` says of each generation, and of all of them together."""
 
 
 class Flows:
@@ -157,13 +160,13 @@ def told_of(request: GenerationRequest, metas: Sequence[dict[str, Any]]) -> dict
         metas: of each of its generations.
 
     Returns:
-        Of several, what the first says, with the words of all in ``numerics``, and each by itself in ``stages``.
+        Of several, what the first says, with what all say in ``numerics``, ``lossy`` and ``warnings``, and each by
+        itself in ``stages``.
     """
     if len(metas) == 1:
         return metas[0]
     words = [word for meta in metas for word in meta["numerics"].split("/")]
-    warnings = [warning for meta in metas for warning in meta.get("warnings", ())]
-    names = ("dtype", "placement", "attention", "numerics")
+    joined = {name: list(dict.fromkeys(item for meta in metas for item in meta.get(name, ()))) for name in _JOINED}
     stages = [
         {
             "name": _name(stage),
@@ -171,12 +174,12 @@ def told_of(request: GenerationRequest, metas: Sequence[dict[str, Any]]) -> dict
             "pipeline": stage.pipeline,
             "scheduler": stage.scheduler,
             **({"takes": stage.takes.what} if stage.takes else {}),
-            **{name: meta[name] for name in names},
+            **{name: meta[name] for name in _OF_EACH if name in meta},
         }
         for stage, meta in zip(request.stages, metas, strict=True)
     ]
     told = {**metas[0], "numerics": "/".join(dict.fromkeys(words)), "stages": stages}
-    return {**told, "warnings": list(dict.fromkeys(warnings))} if warnings else told
+    return told | {name: found for name, found in joined.items() if found}
 
 
 def planned(request: GenerationRequest, plan: Callable[[GenerationRequest], Planned]) -> Planned:

@@ -1,4 +1,4 @@
-"""What is to be told of an image that was made with less than the model has: quantized weights, skipped steps."""
+"""What is to be told of an image that was made with less than the model has: in fewer bits, or with steps skipped."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from api.engine.loader import LoadedModel
 from api.engine.parts import PartSpec
 from api.engine.quantization import word
 from api.errors import ApiError
+from api.schema.attention import LOSSY
 from api.schema.generation import GenerationRequest, ModelRef
 
 
-def told_of(model: LoadedModel, request: GenerationRequest) -> dict[str, Any]:
-    """What ``$meta`` says of it."""
+def told_of(model: LoadedModel, request: GenerationRequest, attention: str) -> dict[str, Any]:
+    """What ``$meta`` says of it.
+
+    Args:
+        model: that it was made with.
+        request: that it was made for.
+        attention: the kernels that were used.
+    """
     told: dict[str, Any] = {}
     if model.quantized:
         told |= {"quantize": request.model.quantize, "quantized": model.quantized}
     if cache := request.step_cache:
         told["step_cache"] = {"kind": cache.kind, cache.argument: cache.number}
-    if told:
-        told["lossy"] = [name for name in ("quantize", "step_cache") if name in told]
-    return told
+    found = [name for name in ("quantize", "step_cache") if name in told] + ["attention"] * (attention in LOSSY)
+    return told | {"lossy": found} if found else told
 
 
 def words(request: GenerationRequest, told: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:

@@ -95,7 +95,7 @@ class Runner:
         request = job.request
         with self._executor.job(ticket), torch.no_grad(), StepCaching(request.step_cache) as stepping:
             parts, told, used, code = self._components(model, job, placement)
-            parts, told = stepping.applied(parts), {**told, **lossy.told_of(model, request)}
+            parts, told = stepping.applied(parts), {**told, **lossy.told_of(model, request, used)}
             generator = resumed(make_generators(request.seed), job.random)
             seed, known = first_seed(request.seed), self._embeddings
             seen = {name: view(part, self._executor, ticket, seed, known) for name, part in parts.items()}

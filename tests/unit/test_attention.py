@@ -315,6 +315,7 @@ def test_a_kernel_that_computes_something_else_is_refused(models: dict[str, Mode
 def test_lossy_kernels_are_told_to_be(models: dict[str, ModelRef], engine: Engine, kernel: Kernel) -> None:
     done = engine.generate(asking(models["sd"], "sage"))
     assert done.meta["numerics"] == "cpu/float32/sage/eager/lossy"
+    assert done.meta["lossy"] == ["attention"]
 
 
 def test_calls_without_an_operator_are_torchs_own(

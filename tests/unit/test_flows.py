@@ -22,6 +22,7 @@ from api.engine import run
 from api.engine.budgets import Budgets
 from api.engine.calls import Cancelled
 from api.engine.device import Device
+from api.engine.flows import told_of
 from api.engine.generate import Engine
 from api.errors import ApiError
 from api.models.library import Library
@@ -305,6 +306,16 @@ def test_three_generations_tell_what_they_did(flows: Flows) -> None:
     assert done.meta["numerics"] == "cpu/float32/sdpa/eager"
     assert request.meta["modelInputs"]["width"] == SIDE
     assert "denoising_end" not in request.meta["modelInputs"]
+
+
+def test_what_was_lossy_in_any_generation_is_told_of_all(flows: Flows) -> None:
+    request = flows.request(model_inputs(3), **BOTH)
+    plain = {"dtype": "float32", "placement": "full", "attention": "sdpa", "numerics": "cpu/float32/sdpa/eager"}
+    quantized = {**plain, "quantize": "int8", "quantized": ["unet"], "lossy": ["quantize"]}
+    told = told_of(request, [plain, plain, quantized])
+    assert told["lossy"] == ["quantize"]
+    assert [stage.get("quantized") for stage in told["stages"]] == [None, None, ["unet"]]
+    assert "lossy" not in told_of(request, [plain] * 3)
 
 
 def test_what_meta_says_makes_the_same_again(flows: Flows) -> None:
