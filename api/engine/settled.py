@@ -47,7 +47,7 @@ Measure = Callable[[str, tuple[int, ...]], float]
 """Seconds of a backend at a shape."""
 
 
-def settle(device: Device, folder: Path) -> Mapping[torch.dtype, str]:
+def settle(device: Device, folder: Path, *, compiles: bool = False) -> Mapping[torch.dtype, str]:
     """What ``auto`` is, by dtype: what was kept in a folder, else measured now and kept there.
 
     It is the same for all workers of a container, and after each of their deaths. Where that cannot be had, because the
@@ -56,9 +56,10 @@ def settle(device: Device, folder: Path) -> Mapping[torch.dtype, str]:
     Args:
         device: that nothing is computed on yet.
         folder: ``STATE_DIR``.
+        compiles: blocks are compiled, which is done with torch's own attention and no other.
     """
     _only_here()
-    if not device.is_cuda:
+    if compiles or not device.is_cuda:
         return {}
     try:
         dtype = torch.bfloat16 if torch.cuda.get_device_capability(device.torch) >= (8, 0) else torch.float16

@@ -115,7 +115,7 @@ def main() -> None:
         idle_timeout=settings.model_idle_timeout,
         adapters_limit=settings.adapters_limit,
         embeddings_limit=settings.embeddings_limit,
-        attention=settle(device, settings.state_dir),
+        attention=settle(device, settings.state_dir, compiles=settings.compile in ("blocks", "both")),
         compiled=settings.compile,
         compile_cache=Path(settings.compile_cache or settings.state_dir / "compile").expanduser(),
         tier=tier,

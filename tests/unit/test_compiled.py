@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -321,6 +322,17 @@ def test_a_pipeline_that_changes_its_denoiser_is_not_compiled(
     engine.generate(a_request(models[0], inputs=inputs, **changed))
     assert engine.blocks.counts()["eager"] == 1
     assert orders == []
+
+
+def test_another_attention_is_not_compiled_as_torchs_own(
+    engines: Callable[[Path | None], Engine], models: list[ModelRef], tmp_path: Path
+) -> None:
+    engine = engines(tmp_path / "cache")
+    assert engine.blocks is not None
+    request = msgspec.structs.replace(a_request(models[0]), attention="_native_math")
+    done = engine.generate(request)
+    assert (done.meta["attention"], word(done)) == ("_native_math", "eager")
+    assert not any(engine.blocks.counts().values())
 
 
 def test_a_cancelled_job_leaves_the_noting_to_the_next(

@@ -199,6 +199,12 @@ def test_half_precision_has_it_and_fp32_has_torchs_own(card: Card, tmp_path: Pat
     assert entry["device"] == "a card" and entry["capability"] == "9.0" and "torch" in entry["versions"]
 
 
+def test_compiled_code_has_torchs_own(card: Card, tmp_path: Path) -> None:
+    assert settle(card, tmp_path, compiles=True) == {}
+    assert list(tmp_path.iterdir()) == []
+    assert settle(card, tmp_path) != {}
+
+
 def test_a_cpu_has_nothing_to_settle(tmp_path: Path) -> None:
     assert settle(Device("cpu"), tmp_path) == {}
     assert not any(tmp_path.iterdir())

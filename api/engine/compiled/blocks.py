@@ -30,6 +30,7 @@ from api.engine.compiled.preparer import LONGEST, Preparer
 from api.engine.loader import LoadedModel
 from api.engine.placement import size_of, weights_of
 from api.engine.tally import Tally
+from api.schema.attention import NATIVE
 
 log = logging.getLogger("api.engine")
 
@@ -364,7 +365,7 @@ def choose(
     if not is_plain(job, placement):
         return components, EAGER
     code = EAGER
-    if blocks:
+    if blocks and attention == NATIVE:  # what an export keeps of another kernel's choice is torch's own
         components, code = blocks.chosen(model, components, attention, job)
     if graphs and not (job.code and job.code[1]):  # trees that note calls are gone when their job ends
         for name in DENOISERS:
