@@ -297,6 +297,7 @@ class Attempts:
     def _try(self, model: LoadedModel, job: Job, placement: str) -> Ran | _Short:
         """Run; where memory does not suffice, what is known of that, and nothing of what the job had allocated."""
         ticket = Ticket(job.cancelled, about(build_of(model), job.request, placement))
+        ticket.graphs = job.request.compile
         job.tried.append(placement)
         try:
             done = self._run_once(model, job, ticket, placement)

@@ -24,6 +24,7 @@ class Ticket:
 
     Attributes:
         attained: seconds of the device that it has had.
+        graphs: its calls may be made by CUDA graphs.
         short_at: the method of a module in which memory ended for it; empty: in none.
     """
 
@@ -31,6 +32,7 @@ class Ticket:
         self.cancelled = cancelled
         self.about = about
         self.attained = 0.0
+        self.graphs = True
         self.short_at = ""
         self.parked = False
         self.last: Any = None

@@ -173,7 +173,7 @@ class Runs:
             for ticket, count in zip(tickets, counts, strict=True):
                 ticket.attained += seconds * count / sum(counts)
 
-        if self._graphs and arguments is not None:
+        if self._graphs and arguments is not None and all(ticket.graphs for ticket in tickets):
             seconds, calm = curve.seconds(sum(counts)), bool(self._waiting())
             planned = self._graphs.plan(batch[0].function, arguments, batch[0].kind, function, seconds, calm)
             if planned:  # what it takes of the memory says nothing of other calls

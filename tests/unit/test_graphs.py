@@ -239,3 +239,8 @@ def test_a_request_may_ask_for_none(engine: Engine, models: list[ModelRef]) -> N
     engine.generate(a_request(models[0], 2, compile=False))
     assert engine.graphs is not None
     assert engine.graphs.recorded == 0
+    engine.generate(a_request(models[0], 2))
+    replayed = engine.graphs.replayed
+    assert replayed > 0
+    engine.generate(a_request(models[0], 2, compile=False))  # nor those that others had recorded
+    assert engine.graphs.replayed == replayed
