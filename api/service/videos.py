@@ -29,6 +29,9 @@ _OF_IMAGES = {
     "image_quality": "its quality is video_quality",
     "output": "its latents are not given out, and it has no mask",
     "preview": "its previews would be videos too, and there are none",
+    "refiner": "a refiner goes on with images",
+    "hires": "a second pass goes over images",
+    "upscale": "upscalers take images",
 }
 """``callInputs`` that only images have, and what there is instead."""
 
