@@ -56,6 +56,7 @@ def spread(whole: int, tile: int, step: int = 1, least: int = 0) -> Span:
         step: that starts and sizes are multiples of.
         least: pixels of a piece, at least.
     """
+    least = -(-least // step) * step
     tile = max(tile // step * step, -(-max(least, OVERLAP + step) // step) * step)
     if whole <= tile:
         return Span((0,), whole, whole)

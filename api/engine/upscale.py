@@ -154,7 +154,7 @@ class Upscaling:
             "device_name": self._device.name,
             "dtype": dtype,
             "placement": "full",
-            "numerics": f"{self._device.torch.type}/{dtype}/none/eager",
+            "numerics": f"{self._device.torch.type}/{dtype}/none/eager{'/tf32' * self._device.tf32}",
         }
         return images, told, {**timings, "inference": _ms(began[0])}
 
@@ -173,11 +173,13 @@ class Upscaling:
             ApiError: MODEL_BROKEN, INVALID_UPSCALER, LIMIT_EXCEEDED, OUT_OF_MEMORY.
             Cancelled: ``order.cancelled`` said so.
         """
-        done = self._try(images, order, alone=False)
-        if isinstance(done, str):
-            self._cache.tally.shortage("alone")
-            done = self._try(images, order, alone=True)
-        self._cache.give_back()
+        try:
+            done = self._try(images, order, alone=False)
+            if isinstance(done, str):
+                self._cache.tally.shortage("alone")
+                done = self._try(images, order, alone=True)
+        finally:
+            self._cache.give_back()
         if isinstance(done, str):
             message = (
                 f"The upscaler and pieces of {order.upscale.tile} pixels do not fit in the memory of the device. Ask "

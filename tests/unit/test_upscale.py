@@ -22,6 +22,7 @@ from api.engine.calls import Cancelled
 from api.engine.device import Device
 from api.engine.generate import Engine
 from api.engine.spandrel_import import import_spandrel
+from api.engine.tiling import spread
 from api.engine.upscale import Order
 from api.engine.upscalers import kind_of
 from api.errors import ApiError
@@ -105,6 +106,16 @@ def test_pieces_without_what_they_overlap_would_differ(
     monkeypatch.setattr("api.engine.tiling.OVERLAP", 1)
     picture = a_picture(70, 130)
     assert apart(larger(engine, picture, files["esrgan"], tile=80)[0], plainly(files["esrgan"], picture)) > 3
+
+
+def test_pieces_cover_all_of_a_side() -> None:
+    for whole, tile, step, least in ((120, 57, 8, 100), (120, 64, 1, 0), (200, 64, 4, 50), (144, 57, 16, 72)):
+        pieces = spread(whole, tile, step, least)
+        counts = torch.zeros(whole)
+        for start in pieces.starts:
+            counts[start : start + pieces.size] += pieces.weights(start, 1)
+        assert (counts > 0).all()
+        assert pieces.size % step == 0
 
 
 def test_opacity_and_grey_and_several_images(engine: Engine, files: dict[str, Path]) -> None:
