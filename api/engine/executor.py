@@ -245,6 +245,8 @@ class Executor:
                     if all(ticket.parked for ticket in self._tickets):
                         self._exclusive = True
                         return [self._alone.pop(0)]
+                    if (own := self._of_no_job()) is not None:
+                        return [own]
                 elif self._calls:
                     batch, timeout = self._choose(time.monotonic())
                     if timeout is None:
@@ -252,6 +254,13 @@ class Executor:
                             self._calls.remove(call)
                         return batch
                 self._changed.wait(timeout)
+
+    def _of_no_job(self) -> Call | None:
+        """What is to be run by ``on_device``, if anything is: a job may wait for it, and is not parked meanwhile."""
+        found = next((call for call in self._calls if call.ticket not in self._tickets), None)
+        if found is not None:
+            self._calls.remove(found)
+        return found
 
     def _drop_cancelled(self) -> None:
         for call in [call for call in self._calls + self._alone if self._is_over(call.ticket)]:

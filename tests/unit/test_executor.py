@@ -211,6 +211,28 @@ def test_what_runs_exclusively_runs_while_every_job_is_parked(executor: Executor
     assert seen == [0] * 20
 
 
+def test_a_job_may_have_something_run_on_the_device_while_another_wants_it_exclusively(executor: Executor) -> None:
+    order, inside = list[str](), threading.Event()
+
+    def job() -> None:
+        with executor.job(Ticket()):
+            inside.set()
+            while not executor._alone:
+                time.sleep(0.001)
+            executor.on_device(lambda: order.append("its own"))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        running = pool.submit(job)
+        inside.wait(5)
+        loading = pool.submit(executor.exclusively, lambda: order.append("exclusively"))
+        try:
+            running.result(5)
+            loading.result(5)
+        finally:
+            executor.close()
+    assert order == ["its own", "exclusively"]
+
+
 def test_a_job_that_begins_meanwhile_waits_for_what_runs_exclusively(executor: Executor) -> None:
     """And begins then, though nothing else happens that would wake it."""
     begun, finish, order = threading.Event(), threading.Event(), list[str]()
