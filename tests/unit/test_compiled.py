@@ -18,6 +18,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from api.engine.budgets import Budgets
+from api.engine.compiled import blocks as blocks_module
 from api.engine.compiled import preparer as preparer_module
 from api.engine.compiled.artifacts import Code, assembled
 from api.engine.compiled.blocks import Blocks
@@ -333,6 +334,19 @@ def test_another_attention_is_not_compiled_as_torchs_own(
     done = engine.generate(request)
     assert (done.meta["attention"], word(done)) == ("_native_math", "eager")
     assert not any(engine.blocks.counts().values())
+
+
+def test_sizes_are_the_clients_choice_and_not_all_are_compiled(
+    engines: Callable[[Path | None], Engine], models: list[ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(tmp_path / "cache")
+    assert engine.blocks is not None
+    orders: list[Any] = []
+    monkeypatch.setattr(engine.blocks.preparer, "order", orders.append)
+    monkeypatch.setattr(blocks_module, "_ORDERS", 2)
+    for side in (64, 32, 48):
+        engine.generate(a_request(models[0], side=side))
+    assert len(orders) == 2
 
 
 def test_a_cancelled_job_leaves_the_noting_to_the_next(

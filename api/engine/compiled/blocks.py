@@ -42,6 +42,8 @@ _MISSES = 3
 """Calls without code that jobs of a kind may meet; from then on they run as they are."""
 _KINDS = 256
 """Kinds of jobs that are known: sizes are the clients' choice."""
+_ORDERS = 1024
+"""Compilations that are ordered, each of which is kept; beyond that, requests of new kinds run as they are."""
 _SPECS = 64
 """Kinds of calls that one job's may be of: 128 compilations."""
 
@@ -197,7 +199,7 @@ class Blocks:
             if kind.state == "ready":
                 job.code = kind, None
                 return {**components, **tree.components}, COMPILED
-            if kind.state != "new":
+            if kind.state != "new" or len(self._orders) >= _ORDERS:
                 return components, EAGER
             kind.state = "noting"
         noting = Noting()
