@@ -21,12 +21,12 @@ class Counted(Outside):
     """Reads into memory that an allocator does not count."""
 
     def __init__(self, device: Apart, rule: Rule = SMALL) -> None:
-        PartLoader.__init__(self, device, 0, rule)
+        PartLoader.__init__(self, device, 0, rule=rule)
         self._allocator = device.allocator
 
 
 def engine_on(device: Device, rule: Rule = SMALL) -> Engine:
-    return Engine(device, loader=PartLoader(device, 2**30, rule))
+    return Engine(device, loader=PartLoader(device, 2**30, rule=rule))
 
 
 def shapes(kind: str = "") -> ModelRef:
