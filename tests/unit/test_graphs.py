@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from api.engine.budgets import Budgets
-from api.engine.compiled.graphs import Graphs, numbered
+from api.engine.compiled.graphs import CudaBackend, Graphs, numbered
 from api.engine.device import Device
 from api.engine.generate import Engine
 from api.schema.generation import GenerationRequest, ModelRef
@@ -169,6 +170,42 @@ def test_what_takes_too_much_or_cannot_be_recorded_runs_as_it_is(graphs: Graphs,
     assert caller.eager == 16
     assert graphs.recorded == 0
     assert graphs.bytes == 0
+
+
+def test_a_module_that_cannot_be_recorded_is_not_tried_with_every_shape(graphs: Graphs, caller: Caller) -> None:
+    graphs._backend.fails = True  # type: ignore[attr-defined]
+    warm(caller, 2)
+    graphs._backend.fails = False  # type: ignore[attr-defined]
+    warm(caller, 3)
+    assert graphs.recorded == 0
+
+
+def test_a_recording_that_fails_leaves_the_thread_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def wait_stream(self, other: Any) -> None: ...
+
+    class Graph(contextlib.AbstractContextManager[None]):
+        """As torch's: where the end of a recording fails, the stream is not given back."""
+
+        def __enter__(self) -> None:
+            current[0] = side
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    usual, side = Stream(), Stream()
+    current = [usual]
+    fakes = {
+        "Stream": lambda device: side, "current_stream": lambda device: current[0], "CUDAGraph": object,
+        "set_stream": lambda stream: current.__setitem__(0, stream), "graph": lambda *_, **__: Graph(),
+        "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda device: None,
+        "memory_reserved": lambda device: 0, "graph_pool_handle": lambda: (0, 1),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError):
+        CudaBackend(torch.device("cpu")).record(lambda: torch.ones(1))
+    assert current == [usual]
 
 
 def test_a_timestep_that_is_a_number_is_an_input() -> None:

@@ -23,6 +23,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from api.engine.device import shortage
 from api.engine.merging import STEPS
 from api.engine.tally import Tally
 
@@ -80,17 +81,21 @@ class CudaBackend:
         """See ``Backend``."""
         if not self._graphs:  # the pool has gone with the last of them
             self._pool = torch.cuda.graph_pool_handle()
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream, usual = self._stream, torch.cuda.current_stream(self._device)
+        stream.wait_stream(usual)
         with torch.cuda.stream(stream):
             function()  # what libraries set up for a stream at its first call is not to be recorded
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        usual.wait_stream(stream)
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
         # other threads may allocate meanwhile: what they do is not to break the recording
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            output = function()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                output = function()
+        finally:
+            # where a recording fails, torch leaves the thread on its stream, which waits for nothing that jobs do
+            torch.cuda.set_stream(usual)
         # ``torch.cuda.graph`` gives cached memory back when it begins: what was reserved may even be less than before
         size = max(torch.cuda.memory_reserved(self._device) - before, _bytes(output))
         recorded = _CudaRecorded(graph, output, size, self._device)
@@ -147,6 +152,8 @@ class Graphs:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._refused: OrderedDict[Hashable, None] = OrderedDict()
+        self._unfit: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        """Modules that could not be recorded: what waits for the device does so with every shape."""
         self.recorded = self.replayed = 0
 
     @property
@@ -200,7 +207,7 @@ class Graphs:
         if not isinstance(module, nn.Module) or function.__name__ != "forward":
             return None
         with self._lock:
-            if module not in self._allowed:
+            if module not in self._allowed or module in self._unfit:
                 return None
             self._look_after(module)
             arguments = numbered(arguments)
@@ -248,11 +255,11 @@ class Graphs:
         static, where = _with_own(arguments, self._device, inputs), _addresses(function.__self__)
         try:
             recorded = self._backend.record(lambda: function(**static))
-        except torch.OutOfMemoryError:
-            self.clear()
-            self._refuse(key, "there is no memory for it")
-            return None
         except Exception as fault:  # it waits for the device, say, or copies from the host
+            if shortage(fault):
+                self.clear()
+            else:
+                self._unfit.add(function.__self__)
             self._refuse(key, f"{type(fault).__name__}: {fault}")
             return None
         graph = _Graph(recorded, inputs, recorded.bytes + _bytes(inputs), weakref.ref(function.__self__), where)
