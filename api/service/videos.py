@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def fps_of(value: Any, field: str, meaning: str) -> float:
         ApiError: INVALID_INPUTS.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0.1 <= value <= MOST_FPS:
+    if not number or not 0.1 <= value <= MOST_FPS:
         message = f"Must be a number from 0.1 to {MOST_FPS}: {meaning}."
         raise ApiError("INVALID_INPUTS", message, field=field, requested=value)
     return float(value)
@@ -57,7 +56,7 @@ def check_options(options: Mapping[str, Any], pipeline: str) -> None:
         pipeline: a class, or the name of a community pipeline.
 
     Raises:
-        ApiError: INVALID_INPUTS.
+        ApiError: INVALID_INPUTS, NOT_SUPPORTED.
     """
     if pipeline not in catalogue().videos:
         for name in OPTIONS:

@@ -100,6 +100,7 @@ def test_meta_sent_back_asks_for_the_same(asked: Asked) -> None:
         ("wan", SMALL, {"refiner": {"MODEL_ID": "tiny/sd"}}, "INVALID_INPUTS", "callInputs.refiner"),
         ("wan", SMALL, {"upscale": {"model": "some/upscaler/4x.safetensors"}}, "INVALID_INPUTS", "callInputs.upscale"),
         ("wan", SMALL, {"prompt_syntax": "a1111"}, "NOT_SUPPORTED", "callInputs.prompt_syntax"),
+        ("wan", SMALL, {"fps": 10**400}, "INVALID_INPUTS", "callInputs.fps"),
         ("wan", SMALL, {"video_format": "avi"}, "INVALID_INPUTS", "callInputs.video_format"),
         ("wan", SMALL, {"lossless": True}, "INVALID_INPUTS", "callInputs.lossless"),
         ("wan", SMALL, {"fps": 0}, "INVALID_INPUTS", "callInputs.fps"),
