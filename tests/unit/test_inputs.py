@@ -125,6 +125,11 @@ def test_options_of_the_old_system_are_refused_rather_than_ignored() -> None:
         admit({"prompt": "x"}, {name: ""})
 
 
+def test_what_is_run_without_compiled_code_is_run_so_again() -> None:
+    assert admit({"prompt": "x"}, {"compile": False}).meta["compile"] is False
+    assert "compile" not in admit({"prompt": "x"}, {"compile": True}).meta
+
+
 def test_how_a_model_is_held_can_be_asked_for() -> None:
     def asked(call_inputs: dict[str, Any]) -> tuple[str, bool, bool]:
         request = admit({"prompt": "x"}, call_inputs)
