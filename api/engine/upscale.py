@@ -88,9 +88,8 @@ class Upscaling:
         picture = request.pictures.get("image") if request.extra else None
         if isinstance(picture, Picture):
             _check_size(picture.width, picture.height, kind, upscale)
-        width, height = request.inputs.get("width"), request.inputs.get("height")
-        if isinstance(width, int) and isinstance(height, int):
-            _check_size(width, height, kind, upscale)
+        elif size := request.size:
+            _check_size(*size, kind, upscale)
 
     def finish(
         self, request: GenerationRequest, images: np.ndarray, order: Order | None, on_phase: OnPhase

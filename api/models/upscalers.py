@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
@@ -105,6 +104,6 @@ def read_name(name: Any, field: str, sha256: str = "") -> Asked:
 
 
 def _is_within(value: Any, limits: tuple[float, float]) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return limits[0] <= value <= limits[1]

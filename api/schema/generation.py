@@ -115,10 +115,32 @@ Pictures: TypeAlias = dict[str, Picture | list[Picture]]
 """Input images by the name of the argument."""
 
 
+_STEP = 16
+"""Pipelines that paint over a picture round its sides down, to multiples of this at most."""
+
+
 def each_picture(pictures: Pictures) -> Iterator[Picture]:
     """All of them, in their order."""
     for found in pictures.values():
         yield from [found] if isinstance(found, Picture) else found
+
+
+def size_of(inputs: dict[str, Any], pictures: Pictures) -> tuple[int, int] | None:
+    """Width and height of the images that a pipeline gives, as far as what it is asked for says them.
+
+    Args:
+        inputs: of the pipeline.
+        pictures: those that it gets.
+    """
+    width, height, cropped = inputs.get("width"), inputs.get("height"), inputs.get("padding_mask_crop")
+    if isinstance(width, int) and isinstance(height, int) and not cropped:
+        return width, height
+    picture = next(each_picture({"image": pictures["image"]}), None) if "image" in pictures else None
+    if picture and cropped:  # what was made of the part is pasted into the whole
+        return picture.width, picture.height
+    if picture and (inputs.get("strength") is not None or inputs.get("denoising_start") is not None):
+        return picture.width // _STEP * _STEP, picture.height // _STEP * _STEP
+    return None
 
 
 class Lora(msgspec.Struct, frozen=True):
@@ -308,6 +330,13 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     def stages(self) -> tuple[GenerationRequest, ...]:
         """All of its generations, in their order."""
         return (self, *self.then)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of its images, before an upscaler gets them, as far as it says them."""
+        last = self.stages[-1]
+        taken = last.takes.size if last.takes else None
+        return taken or size_of(last.inputs, last.pictures)
 
 
 class GenerationResult(msgspec.Struct):

@@ -144,6 +144,10 @@ class Admission:
             if found is not None and len(known) == len(wanted):
                 await self._checked(found, options, model_inputs, ref, pictures, code, known)
 
+        async def check_refined(known: Refiner | None) -> None:
+            if found is not None:
+                await self._checked(found, options, model_inputs, ref, pictures, code, added, known)
+
         found = self._library.recall(ref) or await asyncio.to_thread(self._library.find, ref)
         fetched = Fetched(found, {}) if found else None
         with contextlib.ExitStack() as held:
@@ -152,7 +156,7 @@ class Admission:
             else:
                 held.enter_context(self._fetcher.hold(fetched.model.folder))
             added, took = await self._additions.ensure(wanted, check_added, held, on_event)
-            refiner, took_refiner = await self._flows.ensure(second, held, on_event)
+            refiner, took_refiner = await self._flows.ensure(second, check_refined, held, on_event)
             if fetched is None:
                 fetched = await self._fetcher.ensure(ref, check, on_event)
                 held.enter_context(self._fetcher.hold(fetched.model.folder))
@@ -163,10 +167,8 @@ class Admission:
             request = self._flows.joined(request, draft, model_inputs, refiner, ref, chosen)
             request = with_upscale(request, upscaler)
         timings = Counter(took)
-        timings.update(took_refiner)
-        timings.update(chosen.timings)
-        timings.update(upscaler.timings if upscaler else {})
-        timings.update(fetched.timings)
+        for more in (took_refiner, chosen.timings, upscaler.timings if upscaler else {}, fetched.timings):
+            timings.update(more)
         options = {**options, "callback_steps": draft.callback_steps}
         return Admitted(request, options, dict(timings), draft.destinations)
 
@@ -266,9 +268,8 @@ class Admission:
             pictures.update(await self._pictures(draft, model_inputs))
         fill_size(draft, pictures)
         checks.check_size(draft.given, model, self._settings)
-        self._upscaling.check_size(options, draft.given.get("width"), draft.given.get("height"))
         checks.sides(draft.given, pictures, draft.pipeline, self._settings)
-        self._flows.check(draft, pictures, model_inputs, refiner)
+        self._upscaling.check_size(options, self._flows.check(draft, pictures, model_inputs, refiner))
         return draft
 
     def source_ref(self, options: dict[str, Any]) -> SourceRef:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -62,7 +61,7 @@ class _Number(NamedTuple):
         return {"type": "integer" if self.whole else "number", low: self.low, high: self.high}
 
     def read(self, value: Any) -> Any:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             return None
         inside = self.low < value < self.high if self.open else self.low <= value <= self.high
         if not inside or (self.whole and value != int(value)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from api.models.description import InstalledModel
 from api.models.library import Library
 from api.models.refs import SourceRef, read_ref
 from api.schema.catalogue import catalogue
-from api.schema.generation import GenerationRequest, Pictures
+from api.schema.generation import GenerationRequest, Pictures, size_of
 from api.schema.transfers import Transfer
 from api.service.adapters import Chosen
 from api.service.drafts import Draft
@@ -23,6 +23,8 @@ from api.service.flow_options import HIRES_KEYS, MODEL, REFINER, REFINER_INPUTS
 from api.service.flow_stages import Refiner, Stage, Stages, about, is_scored
 from api.service.requests import complete
 from api.settings import Settings
+
+Check = Callable[[Refiner | None], Awaitable[None]]
 
 
 class Flows:
@@ -64,6 +66,7 @@ class Flows:
     async def ensure(
         self,
         source: SourceRef | None,
+        check: Check,
         held: contextlib.ExitStack,
         on_event: Callable[[Transfer], None] | None,
     ) -> tuple[Refiner | None, dict[str, int]]:
@@ -71,6 +74,8 @@ class Flows:
 
         Args:
             source: names it; None: there is none.
+            check: awaited where it is not here: with None before it is asked for, and with the refiner before its
+                weights are; raises what is wrong with the request.
             held: keeps it on the volume until it is closed.
             on_event: called with what happens meanwhile.
 
@@ -78,18 +83,21 @@ class Flows:
             The refiner, and milliseconds by phase.
 
         Raises:
-            ApiError: what its source says; PIPELINE_NOT_SUPPORTED: it makes no images of images.
+            ApiError: what ``check`` raises; what its source says; PIPELINE_NOT_SUPPORTED: it makes no images of images.
         """
         if source is None:
             return None, {}
         model, took = await self._here(source), dict[str, int]()
 
-        async def check(model: InstalledModel) -> None:
+        async def checked(model: InstalledModel) -> None:
             _check_repaints(model)
+            await check(Refiner(source, model))
 
+        if model is None:
+            await check(None)
         with about(REFINER, MODEL):
             if model is None:
-                fetched = await self._fetcher.ensure(source, check, on_event)
+                fetched = await self._fetcher.ensure(source, checked, on_event)
                 model, took = fetched.model, fetched.timings
             _check_repaints(model)
         held.enter_context(self._fetcher.hold(model.folder))
@@ -110,7 +118,9 @@ class Flows:
             _check_repaints(model)
         return Refiner(source, model)
 
-    def check(self, draft: Draft, pictures: Pictures, model_inputs: dict[str, Any], refiner: Refiner | None) -> None:
+    def check(
+        self, draft: Draft, pictures: Pictures, model_inputs: dict[str, Any], refiner: Refiner | None
+    ) -> tuple[int, int] | None:
         """Say what is wrong with what comes after the first generation.
 
         Args:
@@ -119,10 +129,16 @@ class Flows:
             model_inputs: as they were sent.
             refiner: None: there is none, or it is not known yet.
 
+        Returns:
+            Width and height of the images that the last one gives, if they are known.
+
         Raises:
             ApiError: the first thing that is wrong.
         """
-        self._after.of(draft, pictures, model_inputs, refiner)
+        _, stages = self._after.of(draft, pictures, model_inputs, refiner)
+        if not stages:
+            return size_of(draft.given, pictures)
+        return stages[-1].takes.size or size_of(stages[-1].draft.given, stages[-1].pictures)
 
     def joined(
         self,

@@ -84,15 +84,20 @@ class Upscaling:
             raise ApiError("INVALID_INPUTS", message, field=FIELDS[UPSCALER], available=list(NAMED))
         adapter_ref(asked.model, self._settings)
 
-    def check_size(self, options: dict[str, Any], width: Any, height: Any) -> None:
+    def check_size(self, options: dict[str, Any], size: tuple[int, int] | None) -> None:
         """Whether what is asked for is within the limit, as far as the request says it.
+
+        Args:
+            options: checked ``callInputs``.
+            size: width and height of what is made larger, if they are known.
 
         Raises:
             ApiError: LIMIT_EXCEEDED.
         """
         asked: AskedUpscale | None = options.get("upscale")
-        if asked is None or asked.scale is None or not isinstance(width, int) or not isinstance(height, int):
+        if asked is None or asked.scale is None or size is None:
             return
+        width, height = size
         pixels, most = round(width * asked.scale) * round(height * asked.scale), self._settings.max_upscaled_pixels
         if pixels > most:
             message = (
@@ -167,7 +172,8 @@ class Upscaling:
         if model is None:
             message = "Say which upscaler: one of these, a .safetensors file in a repository, or a URL."
             raise ApiError("NO_MODEL_ID", message, field="callInputs.MODEL_ID", available=list(NAMED))
-        adapter_ref(model, self._settings)
+        with _said_of(options):
+            adapter_ref(model, self._settings)
         choose_encoding(options)
         return msgspec.structs.replace(asked, model=model)
 
@@ -199,7 +205,7 @@ class Upscaling:
         destinations = choose_destinations(options, 1, encoding.format, job_id, self._settings)
         await check_destinations(destinations, self._settings)
         picture = await self._picture(options, model_inputs, encoding)
-        self.check_size({**options, "upscale": asked}, picture.width, picture.height)
+        self.check_size({**options, "upscale": asked}, (picture.width, picture.height))
         with contextlib.ExitStack() as held, _said_of(options):
             precision = options.get("MODEL_PRECISION") or "fp16"
             ready = await self._ready(asked.model, asked, precision, held, on_event)
@@ -242,7 +248,7 @@ class Upscaling:
         """
         if not options.get("is_url"):
             picture = await self._picture(options, model_inputs, choose_encoding(options))
-            self.check_size({**options, "upscale": asked}, picture.width, picture.height)
+            self.check_size({**options, "upscale": asked}, (picture.width, picture.height))
 
     async def _picture(self, options: dict[str, Any], model_inputs: dict[str, Any], encoding: Encoding) -> Picture:
         (name,) = (each for each in _PICTURES if model_inputs.get(each))

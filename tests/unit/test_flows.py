@@ -67,7 +67,9 @@ class Flows:
         save_refiner(root / "tiny--stranger", scaling_factor=0.5)
         save_tiny(root / "tiny--sd", seed=3, nsfw=False)
         save_family("pixart", root / "tiny--pixart")
-        settings = Settings.from_env({"MODELS_DIR": str(root), "RUNTIME_DOWNLOADS": "0", "MAX_PIXELS": "65536"})
+        settings = Settings.from_env(
+            {"MODELS_DIR": str(root), "RUNTIME_DOWNLOADS": "0", "MAX_PIXELS": "65536", "MAX_UPSCALED_PIXELS": "2000000"}
+        )
         library = Library(settings)
         self.admission = Admission(settings, library, Fetcher(settings, library, set), has_gpu=False)
         self.engine = Engine(Device("cpu"), Budgets(2**40, 2**40, shared=True))
@@ -423,6 +425,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
      "modelInputs.denoising_end"),
     ({}, {"refiner": {"MODEL_ID": "tiny/refiner", "swich_at": 0.6}}, "INVALID_INPUTS", "callInputs.refiner.swich_at"),
     ({}, {"refiner": {"switch_at": 0.6}}, "INVALID_INPUTS", "callInputs.refiner"),
+    ({"nonsense": 1}, {"refiner": "tiny/none"}, "UNKNOWN_INPUT", "modelInputs.nonsense"),
+    ({}, {"refiner": {"MODEL_ID": "tiny/sd", "strength": 10**400}}, "INVALID_INPUTS", "callInputs.refiner.strength"),
+    ({}, {"hires": {"scale": 2}, "upscale": {"model": "by/hand/x.safetensors", "scale": 16}}, "LIMIT_EXCEEDED",
+     "callInputs.upscale.scale"),
     ({}, {"hires": {"scale": 5}}, "LIMIT_EXCEEDED", "callInputs.hires.width"),
     ({}, {"hires": {"width": 100, "height": 128}}, "INVALID_INPUTS", "callInputs.hires.width"),
     ({}, {"hires": {"upscaler": "nearest"}}, "INVALID_INPUTS", "callInputs.hires.upscaler"),

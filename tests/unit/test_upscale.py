@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from api.engine.tiling import spread
 from api.engine.upscale import Order
 from api.engine.upscalers import kind_of
 from api.errors import ApiError
+from api.schema.flows import Handover
 from api.schema.generation import GenerationRequest, ModelRef, Picture
 from tests import upscalers
 from tests.generating import a_request
@@ -352,9 +354,18 @@ def test_a_limit_holds_for_what_is_made_on_the_way(engine: Engine, files: dict[s
         assert refused.value.code == "LIMIT_EXCEEDED"
         assert "MAX_UPSCALED_PIXELS" in refused.value.message
     # of a generation too, before it runs
-    with pytest.raises(ApiError) as refused:
-        engine.generate(tiny_request(tmp_path / "no-such-model", 1, upscale_by(files["esrgan"], most=255 * 255)))
-    assert refused.value.code == "LIMIT_EXCEEDED"
+    within = tiny_request(tmp_path / "no-such-model", 1, upscale_by(files["esrgan"], most=256 * 256))
+    second = msgspec.structs.replace(within, takes=Handover("hires", "images", (72, 64)))
+    picture = {"image": Picture("RGB", 80, 80, b"", "")}
+    painted = msgspec.structs.replace(within, inputs={"strength": 0.5}, pictures=picture)
+    for request in (
+        tiny_request(tmp_path / "no-such-model", 1, upscale_by(files["esrgan"], most=255 * 255)),
+        msgspec.structs.replace(within, then=(second,)),
+        painted,
+    ):
+        with pytest.raises(ApiError) as refused:
+            engine.generate(request)
+        assert refused.value.code == "LIMIT_EXCEEDED"
 
 
 def test_there_is_no_torchvision_for_anybody_else() -> None:
