@@ -66,7 +66,7 @@ class Extras:
                     'images, smaller ones, or for "latents", which are the last.'
                 )
                 raise ApiError("LIMIT_EXCEEDED", message, field="callInputs.output")
-            self._steps[f"step_{step}"] = latents.detach().to("cpu", copy=True)
+            self._steps[f"step_{step}"] = latents.detach().to("cpu", copy=True).contiguous()
 
     def encoded(self, pipe: Any) -> dict[str, bytes]:
         """What was collected: ``latents`` as safetensors, ``mask`` as PNG.

@@ -34,6 +34,12 @@ def test_latents_are_as_they_were_when_the_step_was_done() -> None:
     assert {name: value[0].item() for name, value in found.items()} == {"latents": 2, "step_1": 1, "step_2": 2}
 
 
+def test_latents_are_kept_in_whatever_order_they_lie_in_memory() -> None:
+    extras, latents = Extras(object(), asked("intermediate_latents")), torch.zeros(1, 4, 2, 2)
+    extras.after(1, latents.to(memory_format=torch.channels_last))
+    assert extras.encoded(object())
+
+
 def test_nothing_is_kept_that_is_not_asked_for() -> None:
     extras = Extras(object(), asked())
     extras.after(1, torch.zeros(4))
