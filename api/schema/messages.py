@@ -166,12 +166,17 @@ class Planned(msgspec.Struct):
 
 
 class Answer(msgspec.Struct, tag=True):
-    """``Load``, ``Unload`` or ``Plan`` is done. ``code`` and ``message`` are empty if it went well."""
+    """``Load``, ``Unload`` or ``Plan`` is done. ``code`` and ``message`` are empty if it went well.
+
+    Attributes:
+        field: of a plan: which part of the request is to blame.
+    """
 
     id: str
     code: str = ""
     message: str = ""
     plan: Planned | None = None
+    field: str | None = None
 
 
 class Alive(msgspec.Struct, tag=True):

@@ -36,7 +36,7 @@ async def plan(service: Service, model_inputs: dict[str, Any], call_inputs: dict
         raise ApiError("NOT_READY", "No worker is ready yet; send the request again later.")
     answer = await _best(ready, request).ask(Plan(_without_pixels(request), secrets.token_hex(8)))
     if answer.plan is None:
-        raise ApiError(answer.code, answer.message)
+        raise ApiError(answer.code, answer.message, field=answer.field)
     return _told(service, request, answer.plan)
 
 

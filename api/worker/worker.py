@@ -219,7 +219,7 @@ class Worker:
         try:
             answer = Answer(message.id, plan=self._engine.plan(message.request))
         except ApiError as error:
-            answer = Answer(message.id, error.code, error.message)
+            answer = Answer(message.id, error.code, error.message, field=error.field)
         except Exception as fault:
             log.exception("%s cannot be planned for", message.request.model.model_id)
             answer = Answer(message.id, "INTERNAL_ERROR", f"{type(fault).__name__}; the server's log says more.")

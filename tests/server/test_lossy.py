@@ -58,6 +58,8 @@ def test_what_has_nothing_to_quantize_is_served_as_it_is(quantizing: Server) -> 
     answer = quantizing.post({"prompt": "a red circle", "num_inference_steps": 2}, {"MODEL_ID": "demo/shapes"})
     assert answer.status_code == 200, answer.text[:500]
     assert "quantize" not in answer.json()["$meta"]
-    refused = quantizing.post({"prompt": "a red circle"}, {"MODEL_ID": "demo/shapes", "QUANTIZE": "nf4"})
-    assert refused.status_code == 422
-    assert refused.json()["$error"]["field"] == "callInputs.QUANTIZE"
+    for route in ("/", "/plan"):
+        sent = {"modelInputs": {"prompt": "x"}, "callInputs": {"MODEL_ID": "demo/shapes", "QUANTIZE": "nf4"}}
+        refused = quantizing.client.post(route, json=sent)
+        assert refused.status_code == 422
+        assert refused.json()["$error"]["field"] == "callInputs.QUANTIZE"
