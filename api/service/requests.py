@@ -115,6 +115,8 @@ def _meta(draft: Draft, repeat: dict[str, Any], source: SourceRef, adapters: Cho
         meta["pipeline_code"] = f"sha256:{draft.code.sha256}"
     if options.get("low_vram"):
         meta["low_vram"] = True
+    if "QUANTIZE" in options:
+        meta["QUANTIZE"] = options["QUANTIZE"]
     if not options.get("compile", True):
         meta["compile"] = False
     if draft.prompt_syntax != "plain":

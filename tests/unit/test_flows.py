@@ -570,3 +570,21 @@ async def test_the_dispatcher_knows_every_model_of_a_job() -> None:
     assert [ref.model_id for ref in pool.workers[0].staged] == ["a", "b"]
     pool.done(pool.workers[0], one, loadModel=7000)
     assert pool.running() == [{"2"}]
+
+
+def test_what_any_of_them_lost_is_told_of_all(flows: Flows) -> None:
+    request = flows.request(model_inputs(9), hires={"scale": 1})
+    whole = {"dtype": "fp32", "placement": "full", "attention": "sdpa", "numerics": "cpu/float32/sdpa/eager"}
+    less = {
+        **whole,
+        "numerics": "cpu/float32/sdpa/int8",
+        "quantize": "int8",
+        "quantized": ["unet"],
+        "lossy": ["quantize"],
+    }
+    told = told_of(request, [whole, less])
+    assert (told["lossy"], told["stages"][1]["quantize"], "quantize" in told["stages"][0]) == (
+        ["quantize"],
+        "int8",
+        False,
+    )

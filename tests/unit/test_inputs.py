@@ -125,7 +125,8 @@ def test_options_of_the_old_system_are_refused_rather_than_ignored() -> None:
         admit({"prompt": "x"}, {name: ""})
 
 
-def test_what_is_run_without_compiled_code_is_run_so_again() -> None:
+def test_what_changes_pixels_is_in_meta_to_be_sent_again() -> None:
+    assert admit({"prompt": "x"}, {"QUANTIZE": "none"}).meta["QUANTIZE"] == "none"
     assert admit({"prompt": "x"}, {"compile": False}).meta["compile"] is False
     assert "compile" not in admit({"prompt": "x"}, {"compile": True}).meta
 
