@@ -136,8 +136,10 @@ def choose_video(
         raise ApiError("LIMIT_EXCEEDED", message, field=f"modelInputs.{about.frames}", requested=frames)
     rate = given.get(about.rate) if about.rate else None
     fps = options.get("fps") or float(rate or about.fps)
-    if encoding.format == "GIF" and fps > GIF_FPS:
-        message = f"A GIF shows {GIF_FPS} frames a second at most: ask for fewer, or for mp4 or webp."
+    is_gif = encoding.format == "GIF"
+    if fps > (most := GIF_FPS if is_gif else MOST_FPS):
+        instead = ", or for mp4 or webp" if is_gif else ""
+        message = f"{encoding.format} shows {most} frames a second at most here: ask for fewer{instead}."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.fps", requested=fps)
     return Video(fps=fps, frames=frames)
 

@@ -107,6 +107,7 @@ def test_meta_sent_back_asks_for_the_same(asked: Asked) -> None:
         ("wan", SMALL, {"fps": "24"}, "INVALID_INPUTS", "callInputs.fps"),
         ("wan", SMALL, {"video_format": "gif", "fps": 60}, "INVALID_INPUTS", "callInputs.fps"),
         ("wan", SMALL, {"video_format": "gif", "video_quality": 5}, "INVALID_INPUTS", "callInputs.video_quality"),
+        ("ltx", {**PROMPT, "width": 64, "height": 32, "frame_rate": 121}, {}, "INVALID_INPUTS", "callInputs.fps"),
         ("sd", PROMPT, {"video_format": "mp4"}, "INVALID_INPUTS", "callInputs.video_format"),
         ("sd", PROMPT, {"fps": 5}, "INVALID_INPUTS", "callInputs.fps"),
         ("sd", PROMPT, {"video_quality": 5}, "INVALID_INPUTS", "callInputs.video_quality"),
