@@ -378,10 +378,11 @@ def check_options(call_inputs: dict[str, Any]) -> dict[str, Any]:
     if compel is not None and syntax is not None and compel != (syntax == "compel") and (compel or syntax == "compel"):
         message = f"Asks for the opposite of prompt_syntax {syntax}; send one of them."
         raise ApiError("INVALID_INPUTS", message, field="callInputs.compel_prompts", requested=compel)
-    if out.get("xformers_memory_efficient_attention") and out.get("attention", "xformers") != "xformers":
-        message = f"Asks for other kernels than attention {out['attention']}; send one of them."
+    xformers, attention = out.get("xformers_memory_efficient_attention"), out.get("attention")
+    if attention and xformers is not None and xformers != (attention == "xformers"):
+        message = f"Asks for other kernels than attention {attention}; send one of them."
         field = "callInputs.xformers_memory_efficient_attention"
-        raise ApiError("INVALID_INPUTS", message, field=field, requested=True)
+        raise ApiError("INVALID_INPUTS", message, field=field, requested=xformers)
     if "dest_url" in out:
         if "output_url" in out:
             message = "Another name of output_url; send one of them."

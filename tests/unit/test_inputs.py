@@ -176,6 +176,11 @@ def test_attention_can_be_asked_for() -> None:
             "xformers_memory_efficient_attention",
             "INVALID_INPUTS",
         ),
+        (
+            {"attention": "xformers", "xformers_memory_efficient_attention": False},
+            "xformers_memory_efficient_attention",
+            "INVALID_INPUTS",
+        ),
     ],
 )
 def test_how_a_model_cannot_be_held(call_inputs: dict[str, Any], field: str, code: str) -> None:
