@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from api.engine import common_host
+from api.engine import common_host, loader
 from api.engine.budgets import Budgets
 from api.engine.common_host import Room
 from api.engine.device import Device
@@ -202,7 +202,7 @@ def test_files_that_change_while_they_are_read_are_nobodys_part(
     models: list[ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = cast_model(tmp_path / "changing", 7)
-    real, touched = common_host.copied, threading.Event()
+    real, touched = loader.copied, threading.Event()
 
     def copied(headers: Any, *rest: Any) -> Any:
         found = real(headers, *rest)
@@ -211,7 +211,7 @@ def test_files_that_change_while_they_are_read_are_nobodys_part(
             os.utime(headers[0].path)
         return found
 
-    monkeypatch.setattr(common_host, "copied", copied)
+    monkeypatch.setattr(loader, "copied", copied)
     with sharing(2**28) as container:
         engine = container.worker()
         with pytest.raises(ApiError) as raised:
