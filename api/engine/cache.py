@@ -241,6 +241,14 @@ class ModelCache:
             Cancelled: ``cancelled`` said so.
             MemoryError: there is less room than was thought.
         """
+        while (there := self._load_host(ref, pin, cancelled)) is None:
+            if cancelled():
+                raise Cancelled
+            time.sleep(TICK)
+        return there
+
+    def _load_host(self, ref: ModelRef, pin: bool, cancelled: Callable[[], bool]) -> bool | None:
+        """``load_host`` once; None: it is another worker's turn."""
         specs = self.parts(ref)
         with self.tiers.changed:
             while (entered := self._entered(ref, specs)) is None:
@@ -258,10 +266,10 @@ class ModelCache:
         taken = self._host.absent(entered)
         try:
             if not self._host.take(taken, cancelled):
-                return False
+                return None
             for _ in range(3):  # a copy of what the device has may leave while the next one is read
                 if not self._bring_to_host(ref, entered, wanted()):
-                    return False
+                    return None if self.tiers.paused else False
                 with self.tiers.lock:
                     if self.tiers.in_host(ref.key):
                         if pin:

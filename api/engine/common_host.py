@@ -141,8 +141,11 @@ class Rooms:
                 self._tier.release(name)
 
     def need(self, spec: PartSpec, *, wait: bool, over: Callable[[], bool]) -> bool:
-        """Have room for one part that is to be read now; as ``take``, unless it was taken before."""
-        if self._use(self._named(spec)):
+        """Have room for one part that is to be read now; as ``take``, unless it was taken before.
+
+        What is read ahead has room of its own: where it cannot be read, the job that took room for it still has that.
+        """
+        if wait and self._use(self._named(spec)):
             return True
         while not (took := self.take([spec], wait=wait, over=over)) and wait and not over():
             time.sleep(_PAUSE)  # another's turn; what this job holds beside can leave the host's memory meanwhile
@@ -154,6 +157,8 @@ class Rooms:
                 del self._unused[name]
                 return False
             self._unused[name] -= 1
+            if not self._unused[name]:
+                del self._unused[name]
             return True
 
 

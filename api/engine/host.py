@@ -54,14 +54,22 @@ class HostParts:
         self.rooms: Rooms | None = None
         self.rate = Rate()
 
-    def bring(self, ref: ModelRef, specs: Sequence[PartSpec], spec: PartSpec, ahead_of: Collection[str] | None) -> bool:
-        """Have a part read, here or by another thread that is at it; whether there was room.
+    def bring(
+        self,
+        ref: ModelRef,
+        specs: Sequence[PartSpec],
+        spec: PartSpec,
+        ahead_of: Collection[str] | None,
+        over: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Have a part read, here or by another thread that is at it; whether there was room, and it was not over.
 
         Args:
             ref: the model that it is for.
             specs: its parts.
             spec: one of them.
             ahead_of: keys of models from which it takes no room; None: the model is leased.
+            over: asked while it waits.
 
         Raises:
             ApiError: MODEL_BROKEN.
@@ -69,9 +77,11 @@ class HostParts:
         """
         with self._tiers.changed:
             while (turn := self._turn(ref, specs, spec, ahead_of)) is Turn.BUSY:
+                if over():
+                    return False
                 self._tiers.changed.wait(TICK)
         if turn is Turn.READ:
-            return self._read(spec, ahead_of is None, lambda: False) is not None
+            return self._read(spec, ahead_of is None, over) is not None
         return turn is not Turn.FULL
 
     def next(

@@ -188,7 +188,7 @@ class Mover:
             if cancelled():
                 raise Cancelled
             began = time.perf_counter()
-            if not self._host.bring(ref, specs, spec, None):
+            if not self._host.bring(ref, specs, spec, None, cancelled):
                 return False
             reservation.spent("read", began)
         with self._tiers.changed:

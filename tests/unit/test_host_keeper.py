@@ -174,6 +174,63 @@ def test_one_that_is_cancelled_waits_no_longer() -> None:
         assert two.claim({"b": 80}, wait=True, over=lambda: True) is Room.LATER
 
 
+def test_one_that_talks_all_the_time_keeps_nobody_waiting() -> None:
+    with sharing(100) as container:
+        one, two = container.link(), container.link()
+        one.claim({"a": 80}, wait=True, over=lambda: False)
+        paused = threading.Event()
+        one.on_pause = lambda on: paused.set()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(two.claim, {"b": 80}, wait=True, over=lambda: False)
+            until = time.monotonic() + 10
+            while not paused.is_set() and time.monotonic() < until:
+                one.claim({"c": 80}, wait=False, over=lambda: False)
+                time.sleep(0.01)
+            assert paused.is_set()
+            one.release("a")
+            assert waits.result(10) is Room.GRANTED
+
+
+def test_what_is_read_ahead_leaves_a_job_its_room() -> None:
+    with sharing(100) as container:
+        link = container.link()
+        rooms = common_host.Rooms(link, lambda spec: spec.name)
+        spec: Any = SimpleNamespace(name="a", bytes=80)
+        assert rooms.take([spec], wait=True, over=lambda: False)
+        assert rooms.need(spec, wait=False, over=lambda: False)
+        link.release("a")  # it could not be read
+        until(lambda: container.keeper._tier._parts["a"].holders.total() == 1)
+        assert rooms.need(spec, wait=True, over=lambda: pytest.fail("its room is gone"))
+        rooms.give_back([spec])  # it is used
+        time.sleep(0.1)
+        assert container.keeper.use().held == 80
+
+
+def test_a_load_into_ram_waits_for_its_turn(models: list[ModelRef]) -> None:
+    with sharing(2**28) as container:
+        engine, one, two = container.worker(), container.link(), container.link()
+        one.claim({"a": 2**28}, wait=True, over=lambda: False)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(two.claim, {"b": 2**28}, wait=True, over=lambda: False)
+            until(lambda: container.keeper._tier._head)
+            load = pool.submit(engine.cache.load_host, models[0])
+            until(lambda: engine.cache.tiers.paused)
+            one.release("a")
+            assert first.result(10) is Room.GRANTED
+            two.release("b")
+            assert load.result(30)
+
+
+def test_a_job_that_is_cancelled_waits_for_no_room(models: list[ModelRef]) -> None:
+    with sharing(2**28, shared=False) as container:
+        engine, one = container.worker(), container.link()
+        one.claim({"a": 2**28}, wait=True, over=lambda: False)
+        specs = engine.cache.parts(models[0])
+        engine.cache._entered(models[0], specs)
+        engine.cache.tiers.lease(models[0].key)
+        assert not engine.cache._host.bring(models[0], specs, specs[0], None, lambda: True)
+
+
 def test_what_a_worker_half_read_when_it_died_is_read_anew_by_who_waits() -> None:
     with sharing(10**6) as container:
         one, two = container.link(), container.link()
