@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from scripts.benchmarks.gpu import latency, verdicts
+from scripts.benchmarks.gpu.bench import Bench
 from scripts.benchmarks.gpu.rows import Row, Table, finite
-from scripts.benchmarks.gpu.variants import VARIANTS, Variant, missing
+from scripts.benchmarks.gpu.variants import VARIANTS, Variant, is_in_use, missing, usable
 from tests.running import ROOT
 
 GPU = {"date": "today", "device": "cuda:0", "size": "real", "card": "a card", "driver": "1", "versions": "2"}
@@ -52,6 +53,19 @@ def test_an_option_that_this_version_does_not_have_is_left_out() -> None:
     assert "needs a GPU" in missing(Variant("a"), on_cuda=False)
     assert missing(Variant("a", cpu=True), on_cuda=False) == ""
     assert len({each.name for each in VARIANTS}) == len(VARIANTS)
+
+
+def test_an_option_is_measured_where_it_can_be_had_and_was_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.benchmarks.gpu.variants.missing", lambda variant, on_cuda: "")
+    bench, lossy = Bench("cpu", "tiny", 1.0, Table({})), {}
+    for family in ("sd1", "sdxl", "flux"):
+        lossy[family] = [each for each in usable(bench, family) if "step_cache" in each.request]
+    assert [family for family, found in lossy.items() if found] == ["flux"]  # UNets refuse it
+    case = bench.case("sd1")
+    flash = next(each for each in VARIANTS if each.name == "ATTENTION=flash")
+    assert is_in_use(bench, flash, case, {"numerics": "cuda/float16/flash/eager"})
+    assert not is_in_use(bench, flash, case, {"numerics": "cuda/float16/sdpa/eager"})
+    assert any("flash, tiny SD 1.5" in line for line in bench.table.left_out)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from api.engine.budgets import budgets, host_memory
 from api.engine.device import Device
 from api.engine.generate import Engine
 from api.engine.parts import Loader
+from api.engine.settled import settle
 from api.schema.generation import GenerationRequest, ModelRef
 from api.settings import Settings
 from scripts.benchmarks import architectures
@@ -162,7 +163,10 @@ class Bench:
         device = device or Device(self.device, **arguments(Device, settings))
         limits = budgets(settings.vram_limit, settings.ram_limit, device.memory(), host_memory())
         # prompts are always encoded, as a plain pipeline does it
-        engine = Engine(device, limits, loader, **{**arguments(Engine, settings), "embeddings_limit": 0})
+        attention = settle(device, settings.state_dir)
+        engine = Engine(
+            device, limits, loader, attention=attention, **{**arguments(Engine, settings), "embeddings_limit": 0}
+        )
         try:
             yield engine
         finally:

@@ -7,10 +7,12 @@ import time
 
 import torch
 
+from api.engine.generate import Engine
 from scripts.benchmarks import architectures
 from scripts.benchmarks.gpu.bench import Bench, Case
 from scripts.benchmarks.gpu.places import Counted, forced, predicted
 from scripts.benchmarks.gpu.rows import Row
+from scripts.benchmarks.gpu.variants import Variant, ask, is_in_use, usable
 from scripts.benchmarks.measure import median, milliseconds
 
 SECTION = "FLUX-schnell"
@@ -58,10 +60,14 @@ def _one(bench: Bench, case: Case) -> None:
         engine.cache.unload(request.model.key)
         again = milliseconds(lambda: engine.generate(request))
         ours = [milliseconds(lambda: engine.generate(request)) for _ in range(3)]
+        lossy = _lossy(bench, case, engine)
         peak, _done = counted.peak(lambda: engine.generate(request))
         foretold = predicted(engine, request, "full", guided=False)
     bench.clean()
     bench.add(Row(SECTION, f"{case.what}, loading and an image", first, "ms", more={"second_time_ms": again}))
+    for variant, took in lossy:
+        a, b = median(took), median(ours)
+        bench.add(Row(SECTION, f"{case.what}, {variant.name}", a, "ms", b, "the same without it", b / a, lossy=True))
     ratio = foretold / (peak - before)
     bench.add(
         Row(
@@ -79,3 +85,13 @@ def _one(bench: Bench, case: Case) -> None:
     a, b = median(ours), median(theirs)
     against = f"{bench.against(case)}; not in turn, both do not fit at once"
     bench.add(Row(SECTION, f"{case.what}, one image", a, "ms", b, against, b / a))
+
+
+def _lossy(bench: Bench, case: Case, engine: Engine) -> list[tuple[Variant, list[float]]]:
+    """What requests for this family alone may ask for, and the milliseconds of each image."""
+    found = []
+    for variant in usable(bench, case.family):
+        request = ask(variant, case, offload="none")
+        if is_in_use(bench, variant, case, engine.generate(request).meta):
+            found.append((variant, [milliseconds(lambda: engine.generate(request)) for _ in range(3)]))  # noqa: B023
+    return found

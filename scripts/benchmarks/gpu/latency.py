@@ -11,7 +11,7 @@ import numpy as np
 from api.engine.generate import Engine
 from scripts.benchmarks.gpu.bench import Bench, Case
 from scripts.benchmarks.gpu.rows import Row
-from scripts.benchmarks.gpu.variants import AS_IT_IS, Variant, ask, is_prepared, usable
+from scripts.benchmarks.gpu.variants import AS_IT_IS, Variant, ask, is_in_use, is_prepared, usable
 from scripts.benchmarks.measure import median, milliseconds
 
 SECTION = "latency"
@@ -30,9 +30,9 @@ def run(bench: Bench) -> None:
 
 def options(bench: Bench) -> None:
     """Each option, beside plain diffusers again."""
-    known = usable(bench)
-    for variant in known:
-        for family in ("sdxl", "sd1"):
+    known = {family: usable(bench, family) for family in ("sdxl", "sd1")}
+    for variant in known["sdxl"]:
+        for family in known:
             if bench.left < 60 and bench.is_cuda:
                 bench.leave_out(f"{variant.name}, {bench.case(family).name}: no time left")
             else:
@@ -47,14 +47,13 @@ def _one(bench: Bench, case: Case, variants: list[Variant]) -> None:
         contenders: dict[str, Callable[[], object]] = {"plain": lambda: bench.run_plain(plain, case)}
         images, prepared = {}, {}
         for variant in variants:
-            images[variant.name], prepared[variant.name] = _prepare(bench, engines[variant.name], variant, case)
+            images[variant.name], prepared[variant.name] = prepare(bench, engines[variant.name], variant, case)
             contenders[variant.name] = _image(bench, engines[variant.name], variant, case)
         expected = np.stack([np.asarray(image) for image in bench.run_plain(plain, case)]).astype(int)
         times = _in_turn(bench, contenders)
         for variant in variants:
             if prepared[variant.name] is None:
-                bench.leave_out(f"{variant.name}, {case.name}: not ready in time")
-                continue
+                continue  # which ``prepare`` has said
             ours, baseline = median(times[variant.name]), median(times["plain"])
             off = np.abs(images[variant.name].astype(int) - expected)
             more = {"off_by_levels": float(off.mean()), "rounds": times[variant.name]}
@@ -76,15 +75,19 @@ def _image(bench: Bench, engine: Engine, variant: Variant, case: Case) -> Callab
     return one
 
 
-def _prepare(bench: Bench, engine: Engine, variant: Variant, case: Case) -> tuple[np.ndarray, float | None]:
+def prepare(bench: Bench, engine: Engine, variant: Variant, case: Case) -> tuple[np.ndarray, float | None]:
     """Images of it until what it prepares is in use; the last one, and after how many seconds; None: never."""
-    began = time.monotonic()
+    began, late = time.monotonic(), f"{variant.name}, {case.name}: not ready in time"
+    limit = _PREPARE if bench.is_cuda else _PREPARE_TINY
     while True:
         done = engine.generate(ask(variant, case))
         took = time.monotonic() - began
+        if not is_in_use(bench, variant, case, done.meta):
+            return done.images, None
         if is_prepared(variant, done.meta):
             return done.images, took
-        if took > min(_PREPARE if bench.is_cuda else _PREPARE_TINY, bench.left):
+        if took > min(limit, bench.left) or late in bench.table.left_out:  # not waited for again
+            bench.leave_out(late)
             return done.images, None
         time.sleep(0.2)  # preparing may wait for it to be idle
 

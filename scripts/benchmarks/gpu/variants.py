@@ -44,6 +44,8 @@ class Variant:
         compiled: it has to be prepared before it is used; its word in ``$meta.numerics`` says when.
         needs: modules that must be installed.
         cpu: it can be tried on a CPU.
+        says: a word of ``$meta.numerics`` without which it was not in use.
+        families: of ``architectures`` that have it.
     """
 
     name: str
@@ -54,22 +56,29 @@ class Variant:
     compiled: bool = False
     needs: tuple[str, ...] = ()
     cpu: bool = False
+    says: str = ""
+    families: tuple[str, ...] = ("sd1", "sdxl")
 
 
 AS_IT_IS = Variant("as it is", cpu=True)
 VARIANTS = (
     Variant("CHANNELS_LAST=0", {"CHANNELS_LAST": "0"}, cpu=True),
-    Variant("ATTENTION=flash", {"ATTENTION": "flash"}, {"attention": "flash"}, needs=("flash_attn",)),
-    Variant("ATTENTION=xformers", {"ATTENTION": "xformers"}, {"attention": "xformers"}, needs=("xformers",)),
-    Variant("ATTENTION=sage", {"ATTENTION": "sage"}, {"attention": "sage"}, lossy=True, needs=("sageattention",)),
+    Variant("ATTENTION=flash", {"ATTENTION": "flash"}, {"attention": "flash"}, needs=("flash_attn",), says="flash"),
+    Variant("ATTENTION=xformers", {"ATTENTION": "xformers"}, {"attention": "xformers"}, needs=("xformers",),
+            says="xformers"),
+    Variant("ATTENTION=sage", {"ATTENTION": "sage"}, {"attention": "sage"}, lossy=True, needs=("sageattention",),
+            says="sage"),
     Variant("COMPILE=blocks", {"COMPILE": "blocks"}, compiled=True, cpu=True),
     Variant("COMPILE=graphs", {"COMPILE": "graphs"}),
     Variant("COMPILE=both", {"COMPILE": "both"}, compiled=True),
-    Variant("QUANTIZE=fp8", ref={"quantize": "fp8"}, lossy=True, needs=("torchao",)),
-    Variant("QUANTIZE=int8", ref={"quantize": "int8"}, lossy=True, needs=("torchao",)),
-    Variant("QUANTIZE=nf4", ref={"quantize": "nf4"}, lossy=True, needs=("bitsandbytes",)),
-    Variant("step_cache=first_block@0.1", request={"step_cache": Made("StepCache", ("first_block", 0.1))}, lossy=True),
-)
+    Variant("QUANTIZE=fp8", ref={"quantize": "fp8"}, lossy=True, needs=("torchao",), says="fp8"),
+    Variant("QUANTIZE=int8", ref={"quantize": "int8"}, lossy=True, needs=("torchao",), says="int8"),
+    Variant("QUANTIZE=nf4", ref={"quantize": "nf4"}, lossy=True, needs=("bitsandbytes",), says="nf4"),
+    Variant(
+        "step_cache=first_block@0.1", request={"step_cache": Made("StepCache", ("first_block", 0.1))}, lossy=True,
+        cpu=True, says="step_cache:first_block@0.1", families=("flux",),
+    ),
+)  # fmt: skip
 
 
 def missing(variant: Variant, on_cuda: bool) -> str:
@@ -93,10 +102,12 @@ def missing(variant: Variant, on_cuda: bool) -> str:
     return ""
 
 
-def usable(bench: Bench) -> list[Variant]:
-    """Those that can be measured here; the others are said to be left out."""
+def usable(bench: Bench, family: str) -> list[Variant]:
+    """Those that can be measured here with a family; of them that have it, the others are said to be left out."""
     found = []
     for variant in VARIANTS:
+        if family not in variant.families:
+            continue
         if why := missing(variant, bench.is_cuda):
             bench.leave_out(f"{variant.name}: {why}")
         else:
@@ -113,3 +124,11 @@ def ask(variant: Variant, case: Case, seed: int = 1, **more: Any) -> GenerationR
 def is_prepared(variant: Variant, meta: Mapping[str, Any]) -> bool:
     """Whether what made an image had everything that the variant prepares."""
     return not variant.compiled or "/eager" not in meta["numerics"]
+
+
+def is_in_use(bench: Bench, variant: Variant, case: Case, meta: Mapping[str, Any]) -> bool:
+    """Whether an image was made with the variant; said to be left out where it was not: it could not be had."""
+    if not variant.says or variant.says in meta["numerics"].split("/"):
+        return True
+    bench.leave_out(f"{variant.name}, {case.name}: it was asked for, and was not in use ({meta['numerics']})")
+    return False
