@@ -140,19 +140,28 @@ class HostKeeper:
     def _run(self) -> None:
         ticked = time.monotonic()
         while not self._closing:
-            ready = self._selector.select(_TICK if self._tier.waits else None)
-            for key, _ in ready:
-                if key.data is None:
-                    self._woken.recv(4096)
-                    continue
-                self._serve(key.data)
-            # by the clock: whoever talks all the time is not to keep others from what they wait for
-            if not self._tier.waits:
-                ticked = time.monotonic()
-            elif time.monotonic() - ticked >= _TICK:
-                ticked = time.monotonic()
-                with self._lock:
-                    self._do(self._tier.tick())
+            try:
+                ticked = self._round(ticked)
+            except Exception:  # without this thread every worker would wait for an answer, for ever
+                log.exception("the keeper of the host tier has stumbled")
+                time.sleep(_TICK)
+
+    def _round(self, ticked: float) -> float:
+        """Answer who has said something, and tick if it is time; when it last did, ``time.monotonic``."""
+        ready = self._selector.select(_TICK if self._tier.waits else None)
+        for key, _ in ready:
+            if key.data is None:
+                self._woken.recv(4096)
+                continue
+            self._serve(key.data)
+        # by the clock: whoever talks all the time is not to keep others from what they wait for
+        if not self._tier.waits:
+            return time.monotonic()
+        if (now := time.monotonic()) - ticked < _TICK:
+            return ticked
+        with self._lock:
+            self._do(self._tier.tick())
+        return now
 
     def _serve(self, worker: _Worker) -> None:
         try:

@@ -123,7 +123,7 @@ class HostLink:
         if isinstance(answer, Later) and not late:
             return Room.LATER
         total = sum(sizes.values()) / 1e9
-        why = "is in use by other workers" if late else "all workers may take together"
+        why = "is in use by other workers" if late else "is what all workers may take together"
         raise MemoryError(f"there is no room for {total:.2f} GB in the host's memory: RAM_LIMIT {why}")
 
     def open(self, name: str, size: int) -> tuple[int, bool]:

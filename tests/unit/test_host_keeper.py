@@ -191,6 +191,25 @@ def test_one_that_talks_all_the_time_keeps_nobody_waiting() -> None:
             assert waits.result(10) is Room.GRANTED
 
 
+def test_a_fault_of_the_keeper_is_not_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with sharing(100) as container:
+        one, two = container.link(), container.link()
+        one.claim({"a": 80}, wait=True, over=lambda: False)
+        tick, faults = container.keeper._tier.tick, [KeyError("a"), KeyError("b")]
+
+        def failing() -> Any:
+            if faults:
+                raise faults.pop()
+            return tick()
+
+        monkeypatch.setattr(container.keeper._tier, "tick", failing)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(two.claim, {"b": 80}, wait=True, over=lambda: False)
+            until(lambda: not faults)
+            one.release("a")
+            assert waits.result(10) is Room.GRANTED
+
+
 def test_what_is_read_ahead_leaves_a_job_its_room() -> None:
     with sharing(100) as container:
         link = container.link()
