@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from api.engine import generate
+from api.engine import run
 from api.engine.budgets import Budgets
 from api.engine.device import Device
 from api.engine.generate import Engine
@@ -88,13 +88,13 @@ def test_a_refiner_takes_over_on_the_device(
 ) -> None:
     request = a_request(root, precision, refiner=REFINER)
     handed: list[torch.Tensor] = []
-    before = generate.pictures_of
+    before = run.pictures_of
 
     def noted(job: Any) -> dict[str, Any]:
         handed.extend(job.handed.values())
         return before(job)
 
-    monkeypatch.setattr(generate, "pictures_of", noted)
+    monkeypatch.setattr(run, "pictures_of", noted)
     found = small.generate(request)
     dtype = torch.float16 if precision == "fp16" else torch.float32
     assert [(latents.is_cuda, latents.dtype) for latents in handed] == [(True, dtype)]
