@@ -48,6 +48,7 @@ def test_they_are_small() -> None:
     assert all(path.stat().st_size < 2**20 for path in files)
 
 
+@pytest.mark.slow
 def test_outlined_draws_lines_and_more_so_at_a_larger_scale(server: Server) -> None:
     """The same things in the same colours, hollow; at scale 0 the plain picture, to the bit where each runs alone."""
     none = f"{OUTLINED}#scale=0"

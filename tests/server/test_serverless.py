@@ -103,6 +103,7 @@ def picture(job: Job) -> bytes:
     return pixels(image).tobytes()
 
 
+@pytest.mark.slow
 def test_jobs_progress_failures_stops_and_a_death_in_the_middle(platform: Platform, tmp_path: Path) -> None:
     with handler(platform, "w1", tmp_path, DRAIN_TIMEOUT="60") as first:
         good = [platform.send(simple(seed)) for seed in range(3)] + [platform.send(native(seed)) for seed in range(3)]

@@ -370,6 +370,7 @@ def test_the_stream_tells_how_far_it_is(world: World) -> None:
     assert world.server.client.get("/models").json()["transfers"] == []
 
 
+@pytest.mark.slow
 def test_a_conversion_is_an_event_too(world: World) -> None:
     world.site.put("/told.safetensors", world.site.files["/one.safetensors"])
     call = {"CHECKPOINT_URL": world.site.url + "/told.safetensors", **SHAPES, "streamEvents": True}

@@ -55,7 +55,9 @@ def test_weights_come_back_bit_for_bit(converted: tuple[Path, Progress]) -> None
     assert json.loads((folder / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("name", ["fp16.safetensors", "fp32.ckpt", "renamed.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["fp16.safetensors", "fp32.ckpt", pytest.param("renamed.ckpt", marks=pytest.mark.slow)]
+)
 def test_precision_and_container_do_not_matter(name: str, checkpoints: Path, tmp_path: Path) -> None:
     tmp_path.rmdir()  # missing or empty: both will do
     convert_checkpoint(checkpoints / name, tmp_path, nothing, config=DEMO)
