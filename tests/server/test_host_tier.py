@@ -123,6 +123,7 @@ def test_a_worker_that_is_killed_takes_nothing_with_it(
         for model in ("half/0", "half/1"):
             everywhere(server, model)
         before = server.client.get("/models").json()["host"]
+        time.sleep(3)  # counts come every two seconds, and what was not told by then dies with the worker
         pids = server.worker_pids()
         for pid in pids:  # while they hold it, one after the other
             os.kill(pid, signal.SIGKILL)
@@ -133,7 +134,7 @@ def test_a_worker_that_is_killed_takes_nothing_with_it(
             everywhere(server, model)
         after = server.client.get("/models").json()["host"]
         assert after["held"] == before["held"]
-        time.sleep(3)  # counts come every two seconds
+        time.sleep(3)
         assert moved(server, "read") == after["held"], "both incarnations of both workers found it there"
 
 
