@@ -66,6 +66,8 @@ RUN useradd --create-home --uid 1000 api \
     && install -d -o api -g api /home/api/.cache/diffusers-api/models /home/api/.local/state/diffusers-api
 # COMPILER=1 for COMPILE=blocks: torch's inductor needs g++ on a CPU, Triton a C compiler on a GPU. 200 MB
 ARG COMPILER=0
+# unpinned: Debian keeps one g++ for each release, and forgets its older builds
+# hadolint ignore=DL3008
 RUN if [ "$COMPILER" = 1 ]; then apt-get update && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*; fi
 WORKDIR /app
