@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from api.engine import generate
 from api.engine.budgets import Budgets
 from api.engine.calls import Cancelled
 from api.engine.device import Device
@@ -180,7 +179,7 @@ def as_request(order: Order, number: int, folders: dict[str, Path]) -> Generatio
 @pytest.fixture
 def engine64(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """An engine in float64 that gives images as they are, with room for the demo model or the tiny ones."""
-    monkeypatch.setattr(generate, "to_uint8", lambda images: images.numpy())
+    monkeypatch.setattr("api.engine.run.to_uint8", lambda images: images.numpy())
     device = Device64("cpu")
     engine = Engine(device, Budgets(2**40, 2**40, shared=True), CountingLoader(device))
     yield engine

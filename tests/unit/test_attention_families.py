@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from api.engine import generate
+from api.engine import run
 from api.engine.budgets import Budgets
 from api.engine.generate import Engine
 from tests.unit.test_layout import Turning
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def matrix(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Matrix]:
-    monkeypatch.setattr(generate, "to_uint8", as_floats)
+    monkeypatch.setattr(run, "to_uint8", as_floats)
     limits = Budgets(2**40, 2**40, shared=False)
     engine = Engine(Turning(), limits, attention={torch.float32: "_native_math"})
     yield Matrix(tmp_path_factory.mktemp("families"), engine)
